@@ -1,0 +1,287 @@
+"""Networks: the CIFAR ResNets, any timm model by name, input normalisation inside the network, and `Distilled`.
+
+    net = build("cifar_resnet20", classes=100)        # images [B, 3, H, W] in [0, 1] -> logits [B, 100]
+
+Importing this file registers `cifar_resnet20` and its family with timm, so `timm.create_model("cifar_resnet20",
+num_classes=100)` and `timm.create_model("local-dir:EXPORTED", pretrained=True)` work beside timm's own.
+"""
+
+import difflib
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, load_state_dict, register_model, save_for_hf
+from torch import nn
+
+
+class ModelError(ValueError):
+    """A network cannot be built or loaded; the message says which, what was found and what was expected."""
+
+
+# ---------------------------------------------------------------- CIFAR ResNets
+
+default_cfgs = {
+    f"cifar_resnet{depth}": dict(
+        input_size=(3, 32, 32),
+        pool_size=(8, 8),
+        num_classes=100,
+        crop_pct=1.0,
+        interpolation="bilinear",
+        mean=(0.5071, 0.4867, 0.4408),
+        std=(0.2675, 0.2565, 0.2761),
+        first_conv="conv1",
+        classifier="fc",
+    )
+    for depth in ("8", "20", "32", "56", "110", "8x4", "32x4")
+}
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; 1x1 convolution on the shortcut where the shape changes (option B)."""
+
+    def __init__(self, in_chans, chans, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, chans, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(chans)
+        self.conv2 = nn.Conv2d(chans, chans, 3, 1, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(chans)
+        self.downsample = None
+        if stride != 1 or in_chans != chans:
+            self.downsample = nn.Sequential(nn.Conv2d(in_chans, chans, 1, stride, bias=False), nn.BatchNorm2d(chans))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32x32 images (He et al. 2016, section 4.2) with depth = 6 n + 2 layers.
+
+    Layout, initialisation and state_dict keys are those of RepDistiller, mdistiller and DIST, so that their published
+    CIFAR-100 teachers load strictly. `widths`: channels of the stem and the three stages. forward: [B, C, H, W] -> [B, K].
+    """
+
+    def __init__(self, depth=20, widths=(16, 16, 32, 64), num_classes=100, in_chans=3, drop_rate=0.0):
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ModelError(f"cifar_resnet: depth must be 6 n + 2 with n >= 1, got {depth}")
+        self.num_classes, self.num_features, self.drop_rate = num_classes, widths[3], drop_rate
+        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        for stage, stride in ((1, 1), (2, 2), (3, 2)):
+            blocks = [BasicBlock(widths[stage - 1], widths[stage], stride)]
+            blocks += [BasicBlock(widths[stage], widths[stage], 1) for _ in range((depth - 2) // 6 - 1)]
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(widths[3], num_classes) if num_classes else nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def get_classifier(self):
+        return self.fc
+
+    def reset_classifier(self, num_classes, global_pool=None):
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, x):
+        """[B, 3, H, W] -> [B, C, H/4, W/4]"""
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward_head(self, x, pre_logits=False):
+        x = nn.functional.dropout(x.mean(dim=(2, 3)), self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+def _create(name, pretrained, defaults, kwargs):
+    return build_model_with_cfg(CifarResNet, name, pretrained, **(defaults | kwargs))
+
+
+# Plain functions and `default_cfgs`, because timm's registry finds a variant and its configuration by these names.
+@register_model
+def cifar_resnet8(pretrained=False, **kwargs):
+    return _create("cifar_resnet8", pretrained, dict(depth=8), kwargs)
+
+
+@register_model
+def cifar_resnet20(pretrained=False, **kwargs):
+    return _create("cifar_resnet20", pretrained, dict(depth=20), kwargs)
+
+
+@register_model
+def cifar_resnet32(pretrained=False, **kwargs):
+    return _create("cifar_resnet32", pretrained, dict(depth=32), kwargs)
+
+
+@register_model
+def cifar_resnet56(pretrained=False, **kwargs):
+    return _create("cifar_resnet56", pretrained, dict(depth=56), kwargs)
+
+
+@register_model
+def cifar_resnet110(pretrained=False, **kwargs):
+    return _create("cifar_resnet110", pretrained, dict(depth=110), kwargs)
+
+
+@register_model
+def cifar_resnet8x4(pretrained=False, **kwargs):
+    return _create("cifar_resnet8x4", pretrained, dict(depth=8, widths=(32, 64, 128, 256)), kwargs)
+
+
+@register_model
+def cifar_resnet32x4(pretrained=False, **kwargs):
+    return _create("cifar_resnet32x4", pretrained, dict(depth=32, widths=(32, 64, 128, 256)), kwargs)
+
+
+# ---------------------------------------------------------------- any network by name
+
+
+class Network(nn.Module):
+    """A classifier that normalises its own input: images [B, 3, H, W] in [0, 1] -> logits [B, K].
+
+    A teacher and a student with different statistics then share one batch. The weights are those of `model` alone.
+    """
+
+    def __init__(self, model, mean, std):
+        super().__init__()
+        self.model = model
+        self.statistics = {"mean": tuple(mean), "std": tuple(std)}
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images):
+        return self.model((images - self.mean) / self.std)
+
+
+def build(model, *, classes, size, model_args=None, pretrained=False, checkpoint=None, mean=None, std=None):
+    """A `Network` by timm name, with random weights, timm's pretrained ones or those of a file or exported folder.
+
+    `size`: pixels of the square images it will see. mean and std (per channel, for images in [0, 1]) default to timm's
+    configuration of the network. Raises ModelError: unknown name or argument, weights that do not fit, other class count.
+    """
+    check_name(model)
+    try:
+        network = timm.create_model(model, pretrained=pretrained, num_classes=classes, **(model_args or {}))
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise ModelError(f"model {model!r} cannot be built with {model_args or {}}: {error}") from error
+    if checkpoint is not None:
+        load_weights(network, checkpoint)
+    config = network.pretrained_cfg
+    network = Network(network, mean or config["mean"], std or config["std"])
+    _check_forward(network, model, classes, size)
+    return network
+
+
+def check_name(model):
+    """Raise ModelError, naming the nearest known model, unless timm (with the CIFAR ResNets) has a model of this name."""
+    if ":" in model or not timm.is_model(model):  # no "hf-hub:" or "local-dir:" here: names come from untrusted recipes
+        near = difflib.get_close_matches(model.split(".")[0], timm.list_models(), n=1)
+        raise ModelError(f"timm has no model {model!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+
+
+def _check_forward(network, name, classes, size):
+    """One image through the network: a wrong input size or class count shows before any work, not after an epoch."""
+    network.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(network(torch.zeros(1, 3, size, size)).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ModelError(f"model {name!r} cannot take images of {size}x{size}: {error}") from error
+    if shape != (1, classes):
+        raise ModelError(f"model {name!r} gives logits of shape {shape}, expected (1, {classes}) for {classes} classes")
+
+
+def load_weights(network, path):
+    """Load a timm model strictly from a .safetensors or .pth file, or from an exported folder. Never unpickles objects.
+
+    Takes a bare state_dict or one under "model" or "state_dict", as RepDistiller, mdistiller and timm save them.
+    """
+    path = Path(path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise ModelError(f"checkpoint {file}: no such file")
+    try:
+        state = load_state_dict(str(file), use_ema=False, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"checkpoint {file}: holds more than tensors, and is not unpickled: {error}") from error
+    except Exception as error:  # a torn zip, a bad header: torch and safetensors raise a dozen types
+        raise ModelError(f"checkpoint {file}: cannot be read: {error!r}") from error
+    own = network.state_dict()
+    problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    shapes = ((k, tuple(own[k].shape), tuple(getattr(state[k], "shape", ("not a tensor",)))) for k in own if k in state)
+    problems += [f"{k} is {found}, expected {expected}" for k, expected, found in shapes if found != expected]
+    if problems:
+        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
+        fits = len(own) - sum(not p.startswith("unexpected") for p in problems)
+        raise ModelError(
+            f"checkpoint {file} does not fit {type(network).__name__}: {fits} of {len(own)} tensors match; {shown}"
+        )
+    network.load_state_dict(state)
+
+
+def load_exported(folder):
+    """The `Network` in a folder that `export` (or timm's save_for_hf) wrote, and its timm configuration."""
+    if not (Path(folder) / "model.safetensors").is_file():
+        raise ModelError(f"{folder}: not an exported model (no model.safetensors)")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # an edited config.json can fail anywhere in timm
+        raise ModelError(f"{folder}: cannot be loaded by timm: {error!r}") from error
+    return Network(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]), model.pretrained_cfg
+
+
+def export(network, folder, *, model_args, size, crop_pct, interpolation, label_names=None):
+    """Write a student as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+
+    Its weights alone, as safetensors, with the preprocessing it was trained for; appears complete or not at all.
+    """
+    folder, model = Path(folder), network.model
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    preprocessing = dict(input_size=(3, size, size), crop_pct=crop_pct, interpolation=interpolation, **network.statistics)
+    model.pretrained_cfg = dict(model.pretrained_cfg, **preprocessing)
+    config = {"label_names": label_names} if label_names else None
+    save_for_hf(model, temporary, model_config=config, model_args=model_args, safe_serialization=True)
+    for file in temporary.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+class Distilled(nn.Module):
+    """A student with everything its loss trains, in one forward that returns scalars: what DDP and the optimizer see.
+
+    net   images [B, 3, H, W] -> logits [B, K]
+    hard  (logits, target) -> scalar; soft (logits, teacher_logits, target) -> scalar, or None for labels alone
+
+    Evaluation and export use `.net` alone.
+    """
+
+    def __init__(self, net, hard, soft, hard_weight):
+        super().__init__()
+        self.net, self.hard, self.soft, self.hard_weight = net, hard, soft, hard_weight
+
+    def forward(self, images, teacher_logits, target, soft_weight):
+        """target [B] ids or [B, K] probabilities -> {"loss", "hard", "soft"}: float32 scalars, "loss" with a gradient."""
+        logits = self.net(images)
+        with torch.autocast(images.device.type, enabled=False):  # losses in float32, whatever the networks run in
+            hard = self.hard(logits, target)
+            if self.soft is None:
+                return {"loss": self.hard_weight * hard, "hard": hard.detach()}
+            soft = self.soft(logits, teacher_logits, target)
+        return {"loss": self.hard_weight * hard + soft_weight * soft, "hard": hard.detach(), "soft": soft.detach()}

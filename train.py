@@ -1,0 +1,678 @@
+"""Train the students of a recipe, several at once over one teacher forward.
+
+    accelerate launch train.py recipes/quickstart.json
+    accelerate launch train.py recipes/prev_cifar_res20_res56.json --data ../shared/data/cifar100 --limit 200
+    accelerate launch train.py recipes/prev_cifar_res20_res56.json --set epochs=60 students.0.lr=0.1 --students kd --resume
+
+Writes into --out (default: runs/RECIPE): recipe.json as it ran, metrics.jsonl and tensorboard/, checkpoints/ to --resume
+from, students/NAME/ for timm, and result.json. Processes, precision and devices belong to `accelerate launch`.
+
+The learning rate, the ramp of the distillation loss and all randomness are functions of (seed, step): a run that was
+stopped and resumed is the uninterrupted run bit for bit, and a student learns the same alone or in company.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import accelerate
+import datasets
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from timm.optim import create_optimizer_v2
+from tqdm import tqdm
+
+import data
+import losses
+import models
+import recipe
+from evaluate import accuracy, table, to_float
+
+KEEP_CHECKPOINTS = 2
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it stopped and why."""
+
+
+# ---------------------------------------------------------------- functions of the step
+
+
+def lr_at(step, steps_per_epoch, epochs, schedule, lr):
+    """Learning rate of optimizer step `step` (from 0). Cosine equals timm's CosineLRScheduler stepped once per epoch."""
+    epoch = step // steps_per_epoch
+    if schedule.kind == "milestones":
+        return lr * schedule.factor ** sum(m <= epoch for m in schedule.milestones)
+    t = epoch if schedule.per == "epoch" else step / steps_per_epoch
+    if t < schedule.warmup_epochs:
+        return schedule.warmup_lr + (lr - schedule.warmup_lr) * t / schedule.warmup_epochs
+    return schedule.min_lr + (lr - schedule.min_lr) * (1 + math.cos(math.pi * t / epochs)) / 2
+
+
+def soft_weight_at(epoch, soft):
+    """Weight of the distillation term, ramped up over its first epochs as mdistiller does for DKD (epochs from 1)."""
+    if soft is None:
+        return 0.0
+    return soft.weight * min((epoch + 1) / soft.warmup_epochs, 1) if soft.warmup_epochs else soft.weight
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@dataclasses.dataclass
+class Trainee:
+    """A student with all that its training changes."""
+
+    settings: recipe.Student
+    accelerator: Accelerator
+    module: torch.nn.Module  # a prepared models.Distilled
+    optimizer: torch.optim.Optimizer
+    sums: dict  # loss terms since the last log row, on the device: reading them is a synchronisation
+    best: dict | None = None
+
+    @property
+    def net(self):
+        return self.accelerator.unwrap_model(self.module).net
+
+
+@dataclasses.dataclass
+class Run:
+    """One seed of a recipe: what the loop needs."""
+
+    settings: recipe.Recipe
+    folder: Path
+    lead: Accelerator
+    trainees: list
+    teacher: torch.nn.Module | None
+    loader: data.TrainLoader
+    test_loader: object
+    limit: int | None
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # spent in them, over all resumptions
+    timed: tuple = (0, 0.0)  # steps and seconds since the last log row
+
+    @property
+    def stop(self):
+        total = self.settings.epochs * self.loader.steps_per_epoch
+        return min(total, self.limit or total)
+
+
+def train(run):
+    """The training loop. Leaves the trainees trained, the log written and a last checkpoint."""
+    settings, loader, lead = run.settings, run.loader, run.lead
+    mix = data.mixer(settings.data)
+    batches = iter(loader.batches(run.step, run.stop))
+    quiet = dict(disable=not lead.is_main_process, mininterval=0.2 if sys.stderr.isatty() else 30)  # a log file wants few lines
+    progress = tqdm(total=run.stop, initial=run.step, unit="step", desc=run.folder.name, **quiet)
+    while run.step < run.stop:
+        started, epoch = time.perf_counter(), run.step // loader.steps_per_epoch
+        for part in range(loader.accumulate):
+            images, labels, _ = next(batches)
+            randomness = (settings.seed, run.step, part, lead.process_index)
+            data.seed_all(*randomness)
+            images, target = to_float(images, lead.device), labels.to(lead.device, non_blocking=True)
+            if mix:
+                images, target = mix(images, target)
+            taught = None
+            if run.teacher:
+                with torch.no_grad(), lead.autocast():
+                    taught = run.teacher(images)
+            for trainee in run.trainees:
+                data.seed_all(*randomness)  # the same dropout, alone or in company
+                lr = lr_at(run.step, loader.steps_per_epoch, settings.epochs, settings.schedule, trainee.settings.lr)
+                learn(trainee, images, taught, target, lr, soft_weight_at(epoch, trainee.settings.soft))
+        run.step += 1
+        took = time.perf_counter() - started
+        run.seconds, run.timed = run.seconds + took, (run.timed[0] + 1, run.timed[1] + took)
+
+        if run.step % settings.log_every == 0:
+            progress.set_postfix(loss=log_losses(run))
+        epochs_done, rest = divmod(run.step, loader.steps_per_epoch)
+        last = epochs_done == settings.epochs
+        if rest == 0 and (last or epochs_done % settings.evaluate_every == 0):
+            log_accuracy(run)
+        if run.step % (settings.save_every or loader.steps_per_epoch) == 0 or run.step == run.stop:
+            save(run)
+        progress.update()
+    progress.close()
+
+
+def learn(trainee, images, taught, target, lr, soft_weight):
+    """One forward and backward of one student; the optimizer steps when accelerate has accumulated enough."""
+    accelerator, optimizer = trainee.accelerator, trainee.optimizer
+    with accelerator.accumulate(trainee.module):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        terms = trainee.module(images, taught, target, soft_weight)
+        accelerator.backward(terms["loss"])
+        if accelerator.sync_gradients and trainee.settings.clip_grad is not None:
+            accelerator.clip_grad_norm_(trainee.module.parameters(), trainee.settings.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, term in terms.items():
+        trainee.sums[name] = trainee.sums.get(name, 0.0) + term.detach()
+
+
+# ---------------------------------------------------------------- what is written while it runs
+
+
+def log_losses(run):
+    """Write a row of mean loss terms, learning rates and speed since the last one; returns the mean loss for people."""
+    steps, seconds = run.timed
+    row, every = {}, len_of_interval(run)
+    for trainee in run.trainees:
+        name = trainee.settings.name
+        for term, total in trainee.sums.items():
+            row[f"{term}/{name}"] = trainee.accelerator.reduce(total / (every * run.loader.accumulate), "mean").item()
+        row[f"lr/{name}"] = trainee.optimizer.param_groups[0]["lr"]
+        trainee.sums = {}
+        if not math.isfinite(row[f"loss/{name}"]):
+            raise TrainingError(
+                f"student {name!r}: the loss is {row[f'loss/{name}']} within steps {run.step - every}..{run.step}"
+            )
+    row["speed/images_per_second"] = steps * run.settings.batch_size / seconds
+    run.timed = (0, 0.0)
+    write_row(run, row)
+    return sum(row[f"loss/{t.settings.name}"] for t in run.trainees) / len(run.trainees)
+
+
+def len_of_interval(run):
+    """Steps since the last row of losses."""
+    return (run.step - 1) % run.settings.log_every + 1
+
+
+def log_accuracy(run):
+    """Evaluate every student, write a row, remember each one's best; returns {student: scores}."""
+    scores, row = {}, {}
+    for trainee in run.trainees:
+        name = trainee.settings.name
+        scores[name] = accuracy(trainee.net, run.test_loader, run.lead, run.limit)
+        row |= {f"{metric}/{name}": scores[name][metric] for metric in ("top1", "top5")}
+        epoch = run.step / run.loader.steps_per_epoch
+        if trainee.best is None or scores[name]["top1"] > trainee.best["top1"]:
+            trainee.best = {**scores[name], "epoch": epoch}
+    write_row(run, row)
+    return scores
+
+
+def write_row(run, row):
+    if run.lead.is_main_process:
+        row = {"step": run.step, "epoch": round(run.step / run.loader.steps_per_epoch, 4), **row}
+        with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    run.lead.log({k: v for k, v in row.items() if k != "step"}, step=run.step)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save(run):
+    """checkpoints/step-N: tensors as safetensors, the rest as JSON. The folder appears complete or not at all."""
+    run.lead.wait_for_everyone()
+    if not run.lead.is_main_process:
+        return
+    folder = run.folder / "checkpoints"
+    temporary, final = folder / f".tmp-{run.step}", folder / f"step-{run.step:08d}"
+    if final.exists():
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    state = {"step": run.step, "seconds": run.seconds, "workers": run.loader.workers, "students": {}}
+    state["metrics_bytes"] = (run.folder / "metrics.jsonl").stat().st_size if (run.folder / "metrics.jsonl").exists() else 0
+    for trainee in run.trainees:
+        name, module = trainee.settings.name, trainee.accelerator.unwrap_model(trainee.module)
+        optimizer_tensors, optimizer_rest = split_optimizer_state(trainee.optimizer.state_dict())
+        write_tensors(temporary / f"{name}.safetensors", module.state_dict())
+        write_tensors(temporary / f"{name}.optimizer.safetensors", optimizer_tensors)
+        state["students"][name] = {
+            "optimizer": optimizer_rest,
+            "scaler": trainee.accelerator.scaler.state_dict() if trainee.accelerator.scaler else None,
+            "sums": {term: float(total) for term, total in trainee.sums.items()},
+            "best": trainee.best,
+        }
+    recipe.write_atomic(temporary / "state.json", json.dumps(state))
+    recipe.sync_directory(temporary)
+    os.replace(temporary, final)
+    recipe.sync_directory(folder)
+    for old in checkpoints(run.folder)[:-KEEP_CHECKPOINTS]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(folder):
+    """Complete checkpoints of a run, oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def restore(run):
+    """Continue from the newest checkpoint, if there is one. Rows that were logged after it are cut off."""
+    found = checkpoints(run.folder)
+    state = json.loads((found[-1] / "state.json").read_text()) if found else {"step": 0, "metrics_bytes": 0}
+    metrics = run.folder / "metrics.jsonl"
+    if run.lead.is_main_process and metrics.exists():
+        os.truncate(metrics, state["metrics_bytes"])
+    if not found:
+        return
+    if run.settings.data.streaming and state["workers"] != run.loader.workers:
+        raise data.DataError(f"{run.folder}: a stream's order depends on its readers: resume with --workers {state['workers']}")
+    run.step, run.seconds = state["step"], state["seconds"]
+    for trainee in run.trainees:
+        name, own = trainee.settings.name, state["students"][trainee.settings.name]
+        module = trainee.accelerator.unwrap_model(trainee.module)
+        module.load_state_dict(safetensors.torch.load_file(found[-1] / f"{name}.safetensors"))
+        tensors = safetensors.torch.load_file(found[-1] / f"{name}.optimizer.safetensors")
+        trainee.optimizer.load_state_dict(join_optimizer_state(tensors, own["optimizer"]))
+        if own["scaler"]:
+            trainee.accelerator.scaler.load_state_dict(own["scaler"])
+        trainee.sums = {term: torch.tensor(total, device=run.lead.device) for term, total in own["sums"].items()}
+        trainee.best = own["best"]
+
+
+def split_optimizer_state(state_dict):
+    """An optimizer's state_dict as (tensors by "index.name", the JSON that is left): nothing needs pickle."""
+    tensors, rest = {}, {"param_groups": state_dict["param_groups"], "state": {}}
+    for index, values in state_dict["state"].items():
+        rest["state"][index] = {}
+        for name, value in values.items():
+            if torch.is_tensor(value):
+                tensors[f"{index}.{name}"] = value
+            else:
+                rest["state"][index][name] = value
+    return tensors, rest
+
+
+def join_optimizer_state(tensors, rest):
+    state = {int(index): dict(values) for index, values in rest["state"].items()}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state[int(index)][name] = value
+    return {"param_groups": rest["param_groups"], "state": state}
+
+
+def write_tensors(path, tensors):
+    safetensors.torch.save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------- before and after the loop
+
+
+def make_student(settings, student):
+    """(models.Distilled, optimizer) with the initial weights of this seed; raises RecipeError naming the student."""
+    torch.manual_seed(settings.seed)  # every student starts from its own draw of the same seed, alone or in company
+    try:
+        network = models.build(
+            student.model,
+            classes=settings.data.classes,
+            size=settings.data.size,
+            model_args=student.model_args,
+            pretrained=student.pretrained,
+            mean=student.mean,
+            std=student.std,
+        )
+        hard = losses.make_loss(student.hard.loss, losses.LABEL_LOSSES, smoothing=student.hard.smoothing)
+        soft = losses.make_loss(student.soft.loss, **student.soft.args) if student.soft else None
+        module = models.Distilled(network, hard, soft, student.hard.weight)
+        optimizer = create_optimizer_v2(
+            module,
+            opt=student.optimizer,
+            lr=student.lr,
+            weight_decay=student.weight_decay,
+            filter_bias_and_bn=not student.decay_norm_and_bias,
+            **student.optimizer_args,
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise recipe.RecipeError(f"student {student.name!r}: {error}") from error
+    return module, optimizer
+
+
+def make_run(settings, folder, teacher, options):
+    """Build everything of one run and bring it to where it was."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    first = Accelerator(log_with="tensorboard", project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)))
+    if first.num_processes != launched:
+        raise recipe.RecipeError(
+            f"{launched} processes were launched but accelerate sees {first.num_processes}: see the README"
+        )
+    place = dict(rank=first.process_index, world=first.num_processes, workers=options.workers, pin=first.device.type == "cuda")
+    sizes = dict(batch_size=settings.batch_size, batch_size_per_process=settings.batch_size_per_process)
+    loader = data.TrainLoader(settings.data, seed=settings.seed, **sizes, **place)
+    test_loader = data.test_loader(settings.data, batch_size=settings.batch_size_per_process, **place)
+    trainees = []
+    for student in settings.students:
+        # one Accelerator per student: its own gradient scaler and its own count of accumulated batches
+        accelerator = Accelerator(gradient_accumulation_steps=loader.accumulate)
+        module, optimizer = accelerator.prepare(*make_student(settings, student))
+        module.train()
+        trainees.append(Trainee(student, accelerator, module, optimizer, {}))
+    run = Run(settings, folder, first, trainees, teacher, loader, test_loader, options.limit)
+    restore(run)
+    first.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+    return run
+
+
+def make_teacher(settings, path, out, options):
+    """(network, {"name", "top1", "top5", "n", ...}) of the recipe's teacher, evaluated; trained first where it must be."""
+    wanted = settings.teacher
+    if wanted.recipe:
+        teacher_path = beside(path, wanted.recipe)
+        folder = out.parent / (teacher_path.stem + limit_suffix(options))
+        if not finished(out.parent / teacher_path.stem, None):
+            run_recipe(teacher_path, [], folder, dataclasses.replace(options, resume=folder.exists(), students=None))
+        else:
+            folder = out.parent / teacher_path.stem
+        _warn_of_other_recipe(folder, load(teacher_path, [], options))
+        (exported,) = sorted((folder / "students").iterdir())
+        network, name = models.load_exported(exported)[0], str(exported)
+    else:
+        sources = dict(pretrained=wanted.pretrained, checkpoint=wanted.checkpoint, mean=wanted.mean, std=wanted.std)
+        shape = dict(classes=settings.data.classes, size=settings.data.size, model_args=wanted.model_args)
+        network, name = models.build(wanted.model, **shape, **sources), wanted.checkpoint or wanted.model
+    accelerator = Accelerator()
+    place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=options.workers)
+    loader = data.test_loader(settings.data, batch_size=settings.batch_size_per_process, **place)
+    network = network.to(accelerator.device).eval().requires_grad_(False)
+    scores = accuracy(network, loader, accelerator, options.limit)
+    chance = 1 / settings.data.classes
+    floor = 100 * (chance + 3 * math.sqrt(chance * (1 - chance) / scores["n"]))  # three standard deviations above guessing
+    accelerator.print(f"teacher {name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['n']} images")
+    if scores["top1"] <= floor:
+        message = f"teacher {name} is at chance level: top-1 {scores['top1']:.2f} % of {scores['n']} images with "
+        message += f"{settings.data.classes} classes. Are the weights, the class order and mean/std those of this data?"
+        if not options.limit:
+            raise models.ModelError(message)
+        accelerator.print(f"warning: {message} Going on, because --limit asks for a trial only.")
+    return network, {"name": name, "parameters": count_parameters(network), **scores}
+
+
+def _warn_of_other_recipe(folder, wanted):
+    was = json.loads((folder / "recipe.json").read_text())
+    changes = differences(was, json.loads(recipe.dump(wanted)))
+    if changes:
+        print(f"note: the teacher in {folder} was trained with other settings than its recipe: " + "; ".join(changes))
+
+
+HARMLESS = {"about", "log_every", "evaluate_every", "save_every", "runs"}
+
+
+def differences(old, new, path=""):
+    """Lines 'a.b: old -> new' for the settings of two recipes (as JSON) that can change a result."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [k for k in new | old if path or k not in HARMLESS]
+        return [line for k in keys for line in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}.{i}")]
+    return [] if old == new or path == "data.source" else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def write_result(run, teacher_scores):
+    """Export the students and write result.json: the last evaluation is the result, the best one is only told."""
+    lead, names = run.lead, getattr(run.loader.rows.features[run.settings.data.label], "names", None)
+    if run.trainees[0].sums:
+        log_losses(run)  # after the last checkpoint: the rows of a shortened interval are not those of a resumed run
+    scores = log_accuracy(run)
+    if not lead.is_main_process:
+        return None
+    students = []
+    for trainee in run.trainees:
+        name, data_settings = trainee.settings.name, run.settings.data
+        preprocessing = {k: getattr(data_settings, k) for k in ("size", "crop_pct", "interpolation")}
+        (run.folder / "students").mkdir(exist_ok=True)
+        models.export(
+            trainee.net,
+            run.folder / "students" / name,
+            model_args=trainee.settings.model_args,
+            label_names=names,
+            **preprocessing,
+        )
+        students.append({"name": name, "parameters": count_parameters(trainee.net), "last": scores[name], "best": trainee.best})
+    result = {
+        "seed": run.settings.seed,
+        "students": students,
+        "teacher": teacher_scores,
+        "steps": run.step,
+        "epochs": run.step / run.loader.steps_per_epoch,
+        "limit": run.limit,
+        "seconds": round(run.seconds, 1),
+        "images_per_second": round(run.step * run.settings.batch_size / run.seconds, 1),
+        **environment(lead),
+        "recipe": dataclasses.asdict(run.settings),
+    }
+    recipe.write_atomic(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def environment(accelerator):
+    """What a number needs beside it: command, commit, versions, hardware."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    changed = bool(subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout)
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else _cpu_name()
+    return {
+        "command": shlex.join(["train.py", *sys.argv[1:]]),
+        "commit": commit and commit + ("+changes" if changed else ""),
+        "versions": {"python": platform.python_version()}
+        | {m.__name__: m.__version__ for m in (torch, timm, accelerate, datasets, np)},
+        "hardware": {"device": device, "cpus": os.cpu_count(), "processes": accelerator.num_processes},
+        "precision": accelerator.mixed_precision,
+    }
+
+
+def _cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def count_parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+# ---------------------------------------------------------------- recipes and folders
+
+
+def load(path, overrides, options):
+    """The recipe with the command line's changes: --set, --data, --students."""
+    if options.data:
+        overrides = [*overrides, f"data.source={json.dumps(options.data)}"]
+    settings = recipe.load(path, overrides)
+    if options.students:
+        known = {s.name: s for s in settings.students}
+        for name in options.students:
+            if name not in known:
+                raise recipe.RecipeError(f"{path}: --students: no student {name!r} (students: {', '.join(known)})")
+        settings = dataclasses.replace(settings, students=tuple(s for s in settings.students if s.name in options.students))
+        if not any(s.soft for s in settings.students):
+            settings = dataclasses.replace(settings, teacher=None)
+    return settings
+
+
+def beside(path, name):
+    """A recipe named in another: as given, or in the same folder."""
+    return Path(name) if Path(name).exists() else Path(path).parent / name
+
+
+def limit_suffix(options):
+    return f"-limit{options.limit}" if options.limit else ""
+
+
+def check(settings, path, options):
+    """Build, once and for nothing, what training will build, so that no error waits behind hours of a teacher's training."""
+    for student in settings.students:
+        make_student(settings, student)
+    if settings.teacher and settings.teacher.recipe:
+        teacher_path = beside(path, settings.teacher.recipe)
+        taught = load(teacher_path, [], dataclasses.replace(options, students=None))
+        if len(taught.students) != 1 or taught.runs != 1 or taught.teacher:
+            raise recipe.RecipeError(f"{path}: teacher.recipe: {teacher_path} must train one student, once, without a teacher")
+        if taught.data.classes != settings.data.classes:
+            raise recipe.RecipeError(
+                f"{path}: teacher.recipe: {teacher_path} has {taught.data.classes} classes, this recipe {settings.data.classes}"
+            )
+        check(taught, teacher_path, options)
+
+
+def open_folder(folder, settings, options):
+    """Make a run's folder, or check that it may be continued or replaced. The recipe as it runs is written into it."""
+    here, text = folder / "recipe.json", recipe.dump(settings)
+    if folder.exists() and any(folder.iterdir()):
+        if not here.exists():
+            raise recipe.RecipeError(f"{folder}: not empty, and not the folder of a run (no recipe.json): choose another --out")
+        if options.overwrite:
+            shutil.rmtree(folder)
+        elif not options.resume:
+            raise recipe.RecipeError(f"{folder}: holds a run already: continue it with --resume or replace it with --overwrite")
+        elif changes := differences(json.loads(here.read_text()), json.loads(text)):
+            lines = "\n  ".join(changes)
+            raise recipe.RecipeError(f"{folder}: --resume with other settings than the run began with:\n  {lines}")
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.write_atomic(here, text)
+
+
+def finished(folder, limit):
+    """The result of a run that reached its end (or `limit` steps), or None."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except FileNotFoundError:
+        return None
+    complete = result["limit"] is None or (limit is not None and result["steps"] >= limit)
+    return result if complete else None
+
+
+def run_recipe(path, overrides, out, options):
+    """Train every run of a recipe into `out`; returns the results, one per seed."""
+    settings = load(path, overrides, options)
+    check(settings, path, options)
+    accelerator = Accelerator()
+    folders = {
+        seed: out / f"seed{seed}" if settings.runs > 1 else out for seed in range(settings.seed, settings.seed + settings.runs)
+    }
+    if accelerator.is_main_process:
+        for seed, folder in folders.items():
+            open_folder(folder, dataclasses.replace(settings, seed=seed, runs=1), options)
+    accelerator.wait_for_everyone()
+    teacher, teacher_scores = make_teacher(settings, path, out, options) if settings.teacher else (None, None)
+    results = []
+    for seed, folder in folders.items():
+        result = finished(folder, options.limit)
+        if result is None:
+            run = make_run(dataclasses.replace(settings, seed=seed, runs=1), folder, teacher, options)
+            describe(run)
+            train(run)
+            result = write_result(run, teacher_scores)
+            for tracker in run.lead.trackers:
+                tracker.finish()
+        results.append(result)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"\n{out}\n{summary(results)}")
+    return results
+
+
+def describe(run):
+    """The plan, before it costs a day."""
+    settings, loader = run.settings, run.loader
+    lines = [f"{run.folder}: {settings.epochs} epochs of {loader.steps_per_epoch} steps, {loader.size} images"]
+    lines[0] += (
+        f"; batch {settings.batch_size} = {loader.world} processes x {loader.per_process} x {loader.accumulate} accumulated"
+    )
+    for t in run.trainees:
+        soft = f" + {t.settings.soft.weight:g} {t.settings.soft.loss} {t.settings.soft.args}" if t.settings.soft else ""
+        lines.append(
+            f"  {t.settings.name}: {t.settings.model}, {count_parameters(t.net):,} parameters, {t.settings.optimizer} "
+            f"lr {t.settings.lr:g}, {t.settings.hard.weight:g} {t.settings.hard.loss}{soft}"
+        )
+    if run.step:
+        lines.append(f"  resumed at step {run.step} of {run.stop}")
+    run.lead.print("\n".join(lines))
+
+
+def summary(results):
+    """Table of last-epoch accuracies: one row for the teacher and one per student, mean and spread over the seeds."""
+    rows = []
+    if results[0]["teacher"]:
+        rows.append(_row("teacher", [results[0]["teacher"]], results[0]["teacher"]["parameters"]))
+    for i, student in enumerate(results[0]["students"]):
+        rows.append(_row(student["name"], [r["students"][i]["last"] for r in results], student["parameters"]))
+    return table(rows)
+
+
+def _row(name, scores, parameters):
+    row = {"network": name, "parameters": parameters}
+    for metric in ("top1", "top5"):
+        values = [s[metric] for s in scores]
+        row[metric] = float(np.mean(values))
+        row["±" if metric == "top1" else "± "] = float(np.std(values, ddof=1)) if len(values) > 1 else "-"
+    return row | {"seeds": len(scores), "n": scores[0]["n"]}
+
+
+# ---------------------------------------------------------------- command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What belongs to this launch and not to the recipe."""
+
+    data: str | None
+    students: list | None
+    limit: int | None
+    resume: bool
+    overwrite: bool
+    workers: int
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="JSON file: a run's settings")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="PATH=VALUE", help="change the recipe, e.g. epochs=60"
+    )
+    parser.add_argument("--data", help="where the data is: a folder, a name on the hub, or digits (sets data.source)")
+    parser.add_argument("--students", nargs="+", metavar="NAME", help="train only these of the recipe's students")
+    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE); its teacher's lies beside it")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out and start again")
+    parser.add_argument(
+        "--limit", type=_positive, metavar="STEPS", help="a trial: stop after so many steps, evaluate on so many batches"
+    )
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="loader processes per process")
+    args = parser.parse_args(arguments)
+    options = Options(args.data, args.students, args.limit, args.resume, args.overwrite, args.workers)
+    out = args.out or Path("runs") / (args.recipe.stem + limit_suffix(options))
+    if args.resume and args.overwrite:
+        parser.error("--resume continues a run, --overwrite deletes it: choose one")
+    try:
+        run_recipe(args.recipe, args.set, out, options)
+    except (recipe.RecipeError, data.DataError, models.ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    Accelerator().end_training()
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+if __name__ == "__main__":
+    main()
