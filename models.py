@@ -6,9 +6,9 @@ Importing this file registers `cifar_resnet20` and its family with timm, so `tim
 num_classes=100)` and `timm.create_model("local-dir:EXPORTED", pretrained=True)` work beside timm's own.
 """
 
+import copy
 import difflib
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -213,10 +213,8 @@ def load_weights(network, path):
         raise ModelError(f"checkpoint {file}: no such file")
     try:
         state = load_state_dict(str(file), use_ema=False, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(f"checkpoint {file}: holds more than tensors, and is not unpickled: {error}") from error
-    except Exception as error:  # a torn zip, a bad header: torch and safetensors raise a dozen types
-        raise ModelError(f"checkpoint {file}: cannot be read: {error!r}") from error
+    except Exception as error:  # a torn zip, a bad header, a pickle with more than tensors: a dozen types
+        raise ModelError(f"checkpoint {file}: cannot be loaded: {error!r}") from error
     own = network.state_dict()
     problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     shapes = ((k, tuple(own[k].shape), tuple(getattr(state[k], "shape", ("not a tensor",)))) for k in own if k in state)
@@ -246,7 +244,8 @@ def export(network, folder, *, model_args, size, crop_pct, interpolation, label_
 
     Its weights alone, as safetensors, with the preprocessing it was trained for; appears complete or not at all.
     """
-    folder, model = Path(folder), network.model
+    folder = Path(folder)
+    model = copy.deepcopy(network.model).cpu().to(memory_format=torch.contiguous_format)  # safetensors wants plain tensors
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     preprocessing = dict(input_size=(3, size, size), crop_pct=crop_pct, interpolation=interpolation, **network.statistics)

@@ -81,6 +81,7 @@ class Trainee:
     module: torch.nn.Module  # a prepared models.Distilled
     optimizer: torch.optim.Optimizer
     sums: dict  # loss terms since the last log row, on the device: reading them is a synchronisation
+    last: dict | None = None  # the newest scores, with their step
     best: dict | None = None
 
     @property
@@ -195,17 +196,15 @@ def len_of_interval(run):
 
 
 def log_accuracy(run):
-    """Evaluate every student, write a row, remember each one's best; returns {student: scores}."""
-    scores, row = {}, {}
+    """Evaluate every student, write a row, remember each one's last and best scores."""
+    row = {}
     for trainee in run.trainees:
-        name = trainee.settings.name
-        scores[name] = accuracy(trainee.net, run.test_loader, run.lead, run.limit)
-        row |= {f"{metric}/{name}": scores[name][metric] for metric in ("top1", "top5")}
-        epoch = run.step / run.loader.steps_per_epoch
-        if trainee.best is None or scores[name]["top1"] > trainee.best["top1"]:
-            trainee.best = {**scores[name], "epoch": epoch}
+        scores = accuracy(trainee.net, run.test_loader, run.lead, run.limit)
+        row |= {f"{metric}/{trainee.settings.name}": scores[metric] for metric in ("top1", "top5")}
+        trainee.last = {**scores, "step": run.step, "epoch": run.step / run.loader.steps_per_epoch}
+        if trainee.best is None or scores["top1"] > trainee.best["top1"]:
+            trainee.best = trainee.last
     write_row(run, row)
-    return scores
 
 
 def write_row(run, row):
@@ -241,6 +240,7 @@ def save(run):
             "optimizer": optimizer_rest,
             "scaler": trainee.accelerator.scaler.state_dict() if trainee.accelerator.scaler else None,
             "sums": {term: float(total) for term, total in trainee.sums.items()},
+            "last": trainee.last,
             "best": trainee.best,
         }
     recipe.write_atomic(temporary / "state.json", json.dumps(state))
@@ -277,7 +277,7 @@ def restore(run):
         if own["scaler"]:
             trainee.accelerator.scaler.load_state_dict(own["scaler"])
         trainee.sums = {term: torch.tensor(total, device=run.lead.device) for term, total in own["sums"].items()}
-        trainee.best = own["best"]
+        trainee.last, trainee.best = own["last"], own["best"]
 
 
 def split_optimizer_state(state_dict):
@@ -423,7 +423,8 @@ def write_result(run, teacher_scores):
     lead, names = run.lead, getattr(run.loader.rows.features[run.settings.data.label], "names", None)
     if run.trainees[0].sums:
         log_losses(run)  # after the last checkpoint: the rows of a shortened interval are not those of a resumed run
-    scores = log_accuracy(run)
+    if run.trainees[0].last is None or run.trainees[0].last["step"] != run.step:
+        log_accuracy(run)
     if not lead.is_main_process:
         return None
     students = []
@@ -438,7 +439,7 @@ def write_result(run, teacher_scores):
             label_names=names,
             **preprocessing,
         )
-        students.append({"name": name, "parameters": count_parameters(trainee.net), "last": scores[name], "best": trainee.best})
+        students.append({"name": name, "parameters": count_parameters(trainee.net), "last": trainee.last, "best": trainee.best})
     result = {
         "seed": run.settings.seed,
         "students": students,
