@@ -229,7 +229,7 @@ def save(run):
         return
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    state = {"step": run.step, "seconds": run.seconds, "workers": run.loader.workers, "students": {}}
+    state = {"step": run.step, "seconds": run.seconds, "timed": run.timed, "workers": run.loader.workers, "students": {}}
     state["metrics_bytes"] = (run.folder / "metrics.jsonl").stat().st_size if (run.folder / "metrics.jsonl").exists() else 0
     for trainee in run.trainees:
         name, module = trainee.settings.name, trainee.accelerator.unwrap_model(trainee.module)
@@ -267,7 +267,7 @@ def restore(run):
         return
     if run.settings.data.streaming and state["workers"] != run.loader.workers:
         raise data.DataError(f"{run.folder}: a stream's order depends on its readers: resume with --workers {state['workers']}")
-    run.step, run.seconds = state["step"], state["seconds"]
+    run.step, run.seconds, run.timed = state["step"], state["seconds"], tuple(state["timed"])
     for trainee in run.trainees:
         name, own = trainee.settings.name, state["students"][trainee.settings.name]
         module = trainee.accelerator.unwrap_model(trainee.module)
@@ -531,7 +531,7 @@ def check(settings, path, options):
 def open_folder(folder, settings, options):
     """Make a run's folder, or check that it may be continued or replaced. The recipe as it runs is written into it."""
     here, text = folder / "recipe.json", recipe.dump(settings)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and {p.name for p in folder.iterdir()} - {"recipe.json"}:  # alone, it is of a start that failed
         if not here.exists():
             raise recipe.RecipeError(f"{folder}: not empty, and not the folder of a run (no recipe.json): choose another --out")
         if options.overwrite:
