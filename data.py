@@ -291,14 +291,14 @@ class _Stream(IterableDataset):
         shards = np.random.default_rng([loader.seed, epoch]).permutation(n)
         shards = shards[loader.rank * workers + slot :: loader.world * workers]
         chance = random.Random(f"{loader.seed} {epoch} {loader.rank} {slot}")
-        yield from _shuffled(self._read(shards, n), loader.data.shuffle_buffer, chance)
+        while True:
+            yield from _shuffled(self._read(shards, n), loader.data.shuffle_buffer, chance)
 
     def _read(self, shards, n):
-        while True:
-            for shard in shards:
-                # .iter, because __iter__ in a DataLoader worker would divide this one shard among the workers again
-                for columns in self.loader.rows.shard(num_shards=n, index=int(shard)).iter(batch_size=32):
-                    yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        for shard in shards:
+            # .iter, because __iter__ in a DataLoader worker would divide this one shard among the workers again
+            for columns in self.loader.rows.shard(num_shards=n, index=int(shard)).iter(batch_size=32):
+                yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
     def _augmented(self, row, epoch):
         image = row[self.loader.data.image]
@@ -312,12 +312,14 @@ def _checksum(image):
 
 
 def _shuffled(rows, size, chance):
-    """An endless stream through a buffer of `size` rows, each output drawn from it at random."""
+    """Rows through a buffer of `size`, each output drawn from it at random, each row once."""
     buffer = list(itertools.islice(rows, size))
     for row in rows:
         i = chance.randrange(size)
         yield buffer[i]
         buffer[i] = row
+    chance.shuffle(buffer)
+    yield from buffer
 
 
 def mixer(data):

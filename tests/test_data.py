@@ -185,8 +185,6 @@ OWN = dict(
     data__size=16,
     data__crop={"kind": "resized", "scale": [0.5, 1.0], "ratio": [0.75, 1.33], "interpolation": "random"},
     data__crop_pct=0.875,
-    batch_size=6,
-    batch_size_per_process=6,
 )
 
 
