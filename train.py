@@ -274,6 +274,11 @@ def restore(run):
         module.load_state_dict(safetensors.torch.load_file(found[-1] / f"{name}.safetensors"))
         tensors = safetensors.torch.load_file(found[-1] / f"{name}.optimizer.safetensors")
         trainee.optimizer.load_state_dict(join_optimizer_state(tensors, own["optimizer"]))
+        for parameter, values in trainee.optimizer.state.items():
+            for key, value in values.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    # in the parameter's memory layout, as it was: LAMB's norms sum in that order, to the last bit
+                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if own["scaler"]:
             trainee.accelerator.scaler.load_state_dict(own["scaler"])
         trainee.sums = {term: torch.tensor(total, device=run.lead.device) for term, total in own["sums"].items()}
@@ -281,24 +286,24 @@ def restore(run):
 
 
 def split_optimizer_state(state_dict):
-    """An optimizer's state_dict as (tensors by "index.name", the JSON that is left): nothing needs pickle."""
-    tensors, rest = {}, {"param_groups": state_dict["param_groups"], "state": {}}
-    for index, values in state_dict["state"].items():
-        rest["state"][index] = {}
-        for name, value in values.items():
-            if torch.is_tensor(value):
-                tensors[f"{index}.{name}"] = value
-            else:
-                rest["state"][index][name] = value
+    """An optimizer's state_dict as (tensors by "state.index.name" or "param_groups.index.name", the JSON that is left)."""
+    tensors, rest = {}, {}
+    groups = dict(enumerate(state_dict["param_groups"]))
+    for part, entries in (("state", state_dict["state"]), ("param_groups", groups)):
+        rest[part] = {}
+        for index, values in entries.items():
+            rest[part][index] = {k: v for k, v in values.items() if not torch.is_tensor(v)}
+            tensors |= {f"{part}.{index}.{k}": v for k, v in values.items() if torch.is_tensor(v)}
     return tensors, rest
 
 
 def join_optimizer_state(tensors, rest):
-    state = {int(index): dict(values) for index, values in rest["state"].items()}
+    """The inverse of `split_optimizer_state`, after both halves went through files."""
+    joined = {part: {int(index): dict(values) for index, values in entries.items()} for part, entries in rest.items()}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state[int(index)][name] = value
-    return {"param_groups": rest["param_groups"], "state": state}
+        part, index, name = key.split(".", 2)
+        joined[part][int(index)][name] = value
+    return {"state": joined["state"], "param_groups": list(joined["param_groups"].values())}
 
 
 def write_tensors(path, tensors):
