@@ -10,6 +10,7 @@ resumed at any step without saved generator states.
 """
 
 import difflib
+import functools
 import io
 import itertools
 import random
@@ -76,6 +77,7 @@ def _splits(source, streaming):
         raise DataError(f"{source}: not a data set of images that `datasets` can read: {error}") from error
 
 
+@functools.cache
 def _digits():
     """scikit-learn's bundled handwritten digits (8x8, 16 grey levels) in the form of any other data set: no download.
 
@@ -209,6 +211,11 @@ class TrainLoader:
         self.steps_per_epoch = self.size // batch_size
         if not data.drop_last and self.size % batch_size >= self.accumulate * world:
             self.steps_per_epoch += 1
+        readers = world * max(workers, 1)
+        if data.streaming and self.rows.num_shards < readers:
+            self.rows = self.rows.reshard()  # row groups instead of files
+            if self.rows.num_shards < readers:
+                raise DataError(f"{self.rows.num_shards} shards cannot feed {readers} readers: fewer processes or --workers")
         if not self.steps_per_epoch:
             raise DataError(f"{data.train_split}: {self.size} images do not fill one step of {batch_size}")
 
@@ -266,11 +273,6 @@ class _Stream(IterableDataset):
     def __init__(self, loader, start, stop):
         self.loader, self.start, self.stop = loader, start, stop
         self.transform = train_transform(loader.data)
-        slots = loader.world * max(loader.workers, 1)
-        if loader.rows.num_shards < slots:
-            loader.rows = loader.rows.reshard()  # row groups instead of files
-        if loader.rows.num_shards < slots:
-            raise DataError(f"{loader.rows.num_shards} shards cannot feed {slots} readers: fewer processes or --workers")
 
     def __iter__(self):
         loader, info = self.loader, get_worker_info()

@@ -173,7 +173,7 @@ def learn(trainee, images, taught, target, lr, soft_weight):
 def log_losses(run):
     """Write a row of mean loss terms, learning rates and speed since the last one; returns the mean loss for people."""
     steps, seconds = run.timed
-    row, every = {}, len_of_interval(run)
+    row, every = {}, (run.step - 1) % run.settings.log_every + 1
     for trainee in run.trainees:
         name = trainee.settings.name
         for term, total in trainee.sums.items():
@@ -188,11 +188,6 @@ def log_losses(run):
     run.timed = (0, 0.0)
     write_row(run, row)
     return sum(row[f"loss/{t.settings.name}"] for t in run.trainees) / len(run.trainees)
-
-
-def len_of_interval(run):
-    """Steps since the last row of losses."""
-    return (run.step - 1) % run.settings.log_every + 1
 
 
 def log_accuracy(run):
@@ -220,18 +215,20 @@ def write_row(run, row):
 
 def save(run):
     """checkpoints/step-N: tensors as safetensors, the rest as JSON. The folder appears complete or not at all."""
-    run.lead.wait_for_everyone()
+    sums = [{term: run.lead.reduce(total, "mean").item() for term, total in t.sums.items()} for t in run.trainees]
     if not run.lead.is_main_process:
         return
-    folder = run.folder / "checkpoints"
+    folder, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
     temporary, final = folder / f".tmp-{run.step}", folder / f"step-{run.step:08d}"
     if final.exists():
         return
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     state = {"step": run.step, "seconds": run.seconds, "timed": run.timed, "workers": run.loader.workers, "students": {}}
-    state["metrics_bytes"] = (run.folder / "metrics.jsonl").stat().st_size if (run.folder / "metrics.jsonl").exists() else 0
-    for trainee in run.trainees:
+    with open(metrics, "ab") as file:
+        os.fsync(file.fileno())
+        state["metrics_bytes"] = file.tell()
+    for trainee, own_sums in zip(run.trainees, sums, strict=True):
         name, module = trainee.settings.name, trainee.accelerator.unwrap_model(trainee.module)
         optimizer_tensors, optimizer_rest = split_optimizer_state(trainee.optimizer.state_dict())
         write_tensors(temporary / f"{name}.safetensors", module.state_dict())
@@ -239,7 +236,7 @@ def save(run):
         state["students"][name] = {
             "optimizer": optimizer_rest,
             "scaler": trainee.accelerator.scaler.state_dict() if trainee.accelerator.scaler else None,
-            "sums": {term: float(total) for term, total in trainee.sums.items()},
+            "sums": own_sums,
             "last": trainee.last,
             "best": trainee.best,
         }
@@ -344,18 +341,19 @@ def make_student(settings, student):
     return module, optimizer
 
 
-def make_run(settings, folder, teacher, options):
-    """Build everything of one run and bring it to where it was."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    first = Accelerator(log_with="tensorboard", project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)))
-    if first.num_processes != launched:
-        raise recipe.RecipeError(
-            f"{launched} processes were launched but accelerate sees {first.num_processes}: see the README"
-        )
-    place = dict(rank=first.process_index, world=first.num_processes, workers=options.workers, pin=first.device.type == "cuda")
+def make_loaders(settings, options, accelerator):
+    """(training loader, test loader) of this process; raises data.DataError for data that the recipe does not fit."""
+    place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=options.workers)
+    place["pin"] = accelerator.device.type == "cuda"
     sizes = dict(batch_size=settings.batch_size, batch_size_per_process=settings.batch_size_per_process)
     loader = data.TrainLoader(settings.data, seed=settings.seed, **sizes, **place)
-    test_loader = data.test_loader(settings.data, batch_size=settings.batch_size_per_process, **place)
+    return loader, data.test_loader(settings.data, batch_size=settings.batch_size_per_process, **place)
+
+
+def make_run(settings, folder, teacher, options):
+    """Build everything of one run and bring it to where it was."""
+    lead = Accelerator(log_with="tensorboard", project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)))
+    loader, test_loader = make_loaders(settings, options, lead)
     trainees = []
     for student in settings.students:
         # one Accelerator per student: its own gradient scaler and its own count of accumulated batches
@@ -363,34 +361,25 @@ def make_run(settings, folder, teacher, options):
         module, optimizer = accelerator.prepare(*make_student(settings, student))
         module.train()
         trainees.append(Trainee(student, accelerator, module, optimizer, {}))
-    run = Run(settings, folder, first, trainees, teacher, loader, test_loader, options.limit)
+    run = Run(settings, folder, lead, trainees, teacher, loader, test_loader, options.limit)
     restore(run)
-    first.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+    lead.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
     return run
 
 
-def make_teacher(settings, path, out, options):
+def make_teacher(settings, path, out, options, accelerator):
     """(network, {"name", "top1", "top5", "n", ...}) of the recipe's teacher, evaluated; trained first where it must be."""
     wanted = settings.teacher
     if wanted.recipe:
-        teacher_path = beside(path, wanted.recipe)
-        folder = out.parent / (teacher_path.stem + limit_suffix(options))
-        if not finished(out.parent / teacher_path.stem, None):
-            run_recipe(teacher_path, [], folder, dataclasses.replace(options, resume=folder.exists(), students=None))
-        else:
-            folder = out.parent / teacher_path.stem
-        _warn_of_other_recipe(folder, load(teacher_path, [], options))
+        folder = trained(beside(path, wanted.recipe), out.parent, options, accelerator)
         (exported,) = sorted((folder / "students").iterdir())
         network, name = models.load_exported(exported)[0], str(exported)
     else:
         sources = dict(pretrained=wanted.pretrained, checkpoint=wanted.checkpoint, mean=wanted.mean, std=wanted.std)
         shape = dict(classes=settings.data.classes, size=settings.data.size, model_args=wanted.model_args)
         network, name = models.build(wanted.model, **shape, **sources), wanted.checkpoint or wanted.model
-    accelerator = Accelerator()
-    place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=options.workers)
-    loader = data.test_loader(settings.data, batch_size=settings.batch_size_per_process, **place)
     network = network.to(accelerator.device).eval().requires_grad_(False)
-    scores = accuracy(network, loader, accelerator, options.limit)
+    scores = accuracy(network, make_loaders(settings, options, accelerator)[1], accelerator, options.limit)
     chance = 1 / settings.data.classes
     floor = 100 * (chance + 3 * math.sqrt(chance * (1 - chance) / scores["n"]))  # three standard deviations above guessing
     accelerator.print(f"teacher {name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['n']} images")
@@ -403,20 +392,26 @@ def make_teacher(settings, path, out, options):
     return network, {"name": name, "parameters": count_parameters(network), **scores}
 
 
-def _warn_of_other_recipe(folder, wanted):
-    was = json.loads((folder / "recipe.json").read_text())
-    changes = differences(was, json.loads(recipe.dump(wanted)))
+def trained(path, parent, options, accelerator):
+    """The folder with the result of a teacher's recipe: finished before, or begun before and continued, or trained now."""
+    options = dataclasses.replace(options, students=None, overwrite=False)
+    folder = parent / path.stem
+    if not finished(folder, None):
+        folder = parent / (path.stem + limit_suffix(options))
+        run_recipe(path, [], folder, dataclasses.replace(options, resume=folder.exists()))
+    changes = differences(json.loads((folder / "recipe.json").read_text()), json.loads(recipe.dump(load(path, [], options))))
     if changes:
-        print(f"note: the teacher in {folder} was trained with other settings than its recipe: " + "; ".join(changes))
+        accelerator.print(f"note: the teacher in {folder} was trained with other settings than {path}: {'; '.join(changes)}")
+    return folder
 
 
-HARMLESS = {"about", "log_every", "evaluate_every", "save_every", "runs"}
+HARMLESS = {"about", "paper", "log_every", "evaluate_every", "save_every", "runs"}
 
 
 def differences(old, new, path=""):
     """Lines 'a.b: old -> new' for the settings of two recipes (as JSON) that can change a result."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [k for k in new | old if path or k not in HARMLESS]
+        keys = [k for k in new | old if k not in HARMLESS]
         return [line for k in keys for line in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}.{i}")]
@@ -517,10 +512,11 @@ def limit_suffix(options):
     return f"-limit{options.limit}" if options.limit else ""
 
 
-def check(settings, path, options):
+def check(settings, path, options, accelerator):
     """Build, once and for nothing, what training will build, so that no error waits behind hours of a teacher's training."""
     for student in settings.students:
         make_student(settings, student)
+    make_loaders(settings, options, accelerator)
     if settings.teacher and settings.teacher.recipe:
         teacher_path = beside(path, settings.teacher.recipe)
         taught = load(teacher_path, [], dataclasses.replace(options, students=None))
@@ -530,7 +526,7 @@ def check(settings, path, options):
             raise recipe.RecipeError(
                 f"{path}: teacher.recipe: {teacher_path} has {taught.data.classes} classes, this recipe {settings.data.classes}"
             )
-        check(taught, teacher_path, options)
+        check(taught, teacher_path, options, accelerator)
 
 
 def open_folder(folder, settings, options):
@@ -562,9 +558,13 @@ def finished(folder, limit):
 
 def run_recipe(path, overrides, out, options):
     """Train every run of a recipe into `out`; returns the results, one per seed."""
+    accelerator, launched = Accelerator(), int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:  # accelerate on a machine without GPUs: every process would train alone
+        raise recipe.RecipeError(
+            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}: see the README"
+        )
     settings = load(path, overrides, options)
-    check(settings, path, options)
-    accelerator = Accelerator()
+    check(settings, path, options, accelerator)
     folders = {
         seed: out / f"seed{seed}" if settings.runs > 1 else out for seed in range(settings.seed, settings.seed + settings.runs)
     }
@@ -572,7 +572,9 @@ def run_recipe(path, overrides, out, options):
         for seed, folder in folders.items():
             open_folder(folder, dataclasses.replace(settings, seed=seed, runs=1), options)
     accelerator.wait_for_everyone()
-    teacher, teacher_scores = make_teacher(settings, path, out, options) if settings.teacher else (None, None)
+    teacher, teacher_scores = (None, None)
+    if settings.teacher:
+        teacher, teacher_scores = make_teacher(settings, path, out, options, accelerator)
     results = []
     for seed, folder in folders.items():
         result = finished(folder, options.limit)
