@@ -16,7 +16,7 @@ STREAM = dict(data__streaming=True, data__train_size=898, data__drop_last=True, 
 
 
 def loader(workers=0, rank=0, world=1, seed=3, batch_size=64, per_process=None, **changes):
-    section = make_recipe(**changes).data
+    section = make_recipe(**{"batch_size": batch_size, "batch_size_per_process": batch_size} | changes).data
     sizes = dict(batch_size=batch_size, batch_size_per_process=per_process or batch_size // world)
     return data.TrainLoader(section, seed=seed, **sizes, rank=rank, world=world, workers=workers)
 
@@ -233,7 +233,7 @@ COLUMNS = dict(
 
 
 def test_local_parquet_with_plain_integer_labels(tmp_path):
-    own = loader(batch_size=5, data__source=str(parquet(tmp_path / "p")), **COLUMNS, batch_size_per_process=64)
+    own = loader(batch_size=5, data__source=str(parquet(tmp_path / "p")), **COLUMNS)
     assert [len(labels) for _, labels, _ in own.batches(0, 2)] == [5, 5]
 
 
@@ -261,7 +261,7 @@ def test_data_that_cannot_be_used_is_refused_before_any_work(changes, message):
 
 
 def test_labels_out_of_range_are_refused(tmp_path):
-    own = loader(batch_size=5, data__source=str(parquet(tmp_path / "p", bad_label=-1)), **COLUMNS, batch_size_per_process=64)
+    own = loader(batch_size=5, data__source=str(parquet(tmp_path / "p", bad_label=-1)), **COLUMNS)
     with pytest.raises(data.DataError, match=r"image \d+: label -1 is not in 0..1"):
         list(own.batches(0, 1))
 
