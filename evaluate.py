@@ -59,7 +59,7 @@ class TopK(hf_evaluate.Metric):
 
     def _compute(self, predictions, references, ks=(1, 5)):
         hits = np.asarray(predictions) == np.asarray(references)[:, None]  # [n, largest k]
-        return {f"top{k}": 100 * float(hits[:, :k].any(axis=1).mean()) for k in ks}
+        return {f"top{k}": round(100 * float(hits[:, :k].any(axis=1).mean()), 4) for k in ks}
 
 
 @torch.no_grad()

@@ -160,15 +160,14 @@ def test_exported_students_load_in_timm(name, arguments, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["config.json", "model.safetensors"]
     images = torch.rand(2, 3, 32, 32)
-    code = "import models, timm, torch, sys; m = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval();"
-    code += "x = torch.load(sys.argv[2]); c = timm.data.resolve_data_config(model=m);"
-    code += "print(m(x).flatten().tolist(), c['mean'], c['crop_pct'], c['input_size'])"
+    code = "import json, models, timm, torch, sys; m = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval();"
+    code += "c = timm.data.resolve_data_config(model=m); x = torch.load(sys.argv[2]);"
+    code += "print(json.dumps([m(x).tolist(), c['mean'], c['std'], c['crop_pct'], c['input_size'], c['interpolation']]))"
     torch.save((images - network.mean) / network.std, tmp_path / "x.pt")
     command = [sys.executable, "-c", code, str(tmp_path / "s"), str(tmp_path / "x.pt")]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    logits, rest = out.split("]", 1)
-    torch.testing.assert_close(torch.tensor(json.loads(logits + "]")).view(2, 7), network(images))
-    assert rest.split() == ["[0.1,", "0.2,", "0.3]", "0.9", "(3,", "32,", "32)"]
+    logits, *config = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    torch.testing.assert_close(torch.tensor(logits), network(images))
+    assert config == [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 0.9, [3, 32, 32], "bicubic"]
     again, _ = models.load_exported(tmp_path / "s")
     torch.testing.assert_close(again.eval()(images), network(images))
 
