@@ -42,6 +42,7 @@ import recipe
 from evaluate import accuracy, table, to_float
 
 KEEP_CHECKPOINTS = 2
+BOARD = {"train": ("loss", "hard", "soft", "lr"), "test": ("top1", "top5")}  # TensorBoard's groups
 
 
 class TrainingError(RuntimeError):
@@ -203,11 +204,15 @@ def log_accuracy(run):
 
 
 def write_row(run, row):
+    row = {"step": run.step, "epoch": round(run.step / run.loader.steps_per_epoch, 4), **row}
     if run.lead.is_main_process:
-        row = {"step": run.step, "epoch": round(run.step / run.loader.steps_per_epoch, 4), **row}
         with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-    run.lead.log({k: v for k, v in row.items() if k != "step"}, step=run.step)
+    # On the board every student is a run of its own, so that one chart compares them.
+    run.lead.log({key: value for key, value in row.items() if key in ("epoch", "speed/images_per_second")}, step=run.step)
+    for trainee in run.trainees:
+        own = {f"{part}/{m}": row.get(f"{m}/{trainee.settings.name}") for part, ms in BOARD.items() for m in ms}
+        trainee.accelerator.log({key: value for key, value in own.items() if value is not None}, step=run.step)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -352,18 +357,20 @@ def make_loaders(settings, options, accelerator):
 
 def make_run(settings, folder, teacher, options):
     """Build everything of one run and bring it to where it was."""
-    lead = Accelerator(log_with="tensorboard", project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)))
+    tracked = dict(log_with="tensorboard", project_config=ProjectConfiguration(str(folder), str(folder / "tensorboard")))
+    lead = Accelerator(**tracked)
     loader, test_loader = make_loaders(settings, options, lead)
     trainees = []
     for student in settings.students:
         # one Accelerator per student: its own gradient scaler and its own count of accumulated batches
-        accelerator = Accelerator(gradient_accumulation_steps=loader.accumulate)
+        accelerator = Accelerator(gradient_accumulation_steps=loader.accumulate, **tracked)
         module, optimizer = accelerator.prepare(*make_student(settings, student))
         module.train()
         trainees.append(Trainee(student, accelerator, module, optimizer, {}))
     run = Run(settings, folder, lead, trainees, teacher, loader, test_loader, options.limit)
     restore(run)
-    lead.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+    for name, accelerator in [("run", lead), *((t.settings.name, t.accelerator) for t in trainees)]:
+        accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
     return run
 
 
@@ -583,7 +590,7 @@ def run_recipe(path, overrides, out, options):
             describe(run)
             train(run)
             result = write_result(run, teacher_scores)
-            for tracker in run.lead.trackers:
+            for tracker in [*run.lead.trackers, *(tracker for t in run.trainees for tracker in t.accelerator.trackers)]:
                 tracker.finish()
         results.append(result)
     accelerator.wait_for_everyone()

@@ -392,9 +392,20 @@ def test_metrics_and_tensorboard_say_the_same(tmp_path, teacher_file):
     groups = ("loss/kd", "hard/kd", "soft/kd", "lr/kd", "loss/alone", "hard/alone", "speed/images_per_second")
     assert all(key in losses[0] for key in groups) and "soft/alone" not in losses[0]
     assert losses[0]["loss/kd"] == pytest.approx(losses[0]["hard/kd"] + losses[0]["soft/kd"], rel=1e-5)
-    board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
-    assert [e.step for e in board.Scalars("loss/kd")] == [5, 10, 15, 20, 25, 30]
-    stopped, *rest = board.Scalars("top1/kd")  # the trial's own last evaluation stays on the board, and only there
+    boards = {name: EventAccumulator(str(tmp_path / "out" / "tensorboard" / name)).Reload() for name in ("run", "kd", "alone")}
+    assert set(boards["kd"].Tags()["scalars"]) == {
+        "train/loss",
+        "train/hard",
+        "train/soft",
+        "train/lr",
+        "test/top1",
+        "test/top5",
+    }
+    assert set(boards["alone"].Tags()["scalars"]) == {"train/loss", "train/hard", "train/lr", "test/top1", "test/top5"}
+    assert set(boards["run"].Tags()["scalars"]) == {"epoch", "speed/images_per_second"}
+    assert [e.step for e in boards["kd"].Scalars("train/loss")] == [5, 10, 15, 20, 25, 30]
+    assert [e.value for e in boards["kd"].Scalars("train/loss")] == pytest.approx([row["loss/kd"] for row in losses])
+    stopped, *rest = boards["kd"].Scalars("test/top1")  # the trial's own last evaluation stays on the board, and only there
     assert stopped.step == 10
     assert [e.value for e in rest] == pytest.approx([r["top1/kd"] for r in written if "top1/kd" in r])
 
