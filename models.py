@@ -247,7 +247,8 @@ def export(network, folder, *, model_args, size, crop_pct, interpolation, label_
     folder = Path(folder)
     model = copy.deepcopy(network.model).cpu().to(memory_format=torch.contiguous_format)  # safetensors wants plain tensors
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in (temporary, old):  # of an export that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     preprocessing = dict(input_size=(3, size, size), crop_pct=crop_pct, interpolation=interpolation, **network.statistics)
     model.pretrained_cfg = dict(model.pretrained_cfg, **preprocessing)
     config = {"label_names": label_names} if label_names else None

@@ -249,7 +249,7 @@ def save(run):
     recipe.sync_directory(temporary)
     os.replace(temporary, final)
     recipe.sync_directory(folder)
-    for old in checkpoints(run.folder)[:-KEEP_CHECKPOINTS]:
+    for old in [*checkpoints(run.folder)[:-KEEP_CHECKPOINTS], *folder.glob(".tmp-*")]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -172,6 +172,16 @@ def test_exported_students_load_in_timm(name, arguments, tmp_path):
     torch.testing.assert_close(again.eval()(images), network(images))
 
 
+def test_an_export_that_was_killed_does_not_block_the_next(tmp_path):
+    network = models.build("cifar_resnet8", classes=7, size=8)
+    for leftover in (".s.old", ".s.tmp", "s"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "part").write_text("x")
+    models.export(network, tmp_path / "s", model_args={}, size=8, crop_pct=1.0, interpolation="bilinear")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_distilled_combines_the_terms():
     network = models.build("cifar_resnet8", classes=10, size=8)
     images, taught, target = torch.rand(4, 3, 8, 8), torch.randn(4, 10), torch.arange(4)

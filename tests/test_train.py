@@ -140,6 +140,7 @@ def test_a_run_killed_inside_a_save_resumes(moment, tmp_path, monkeypatch):
         assert os.waitpid(forked(lambda: run(path, out)), 0)[1] == signal.SIGKILL
     run(path, out, "--resume")
     assert_same_run(tmp_path / "whole", out)
+    assert not [p.name for p in (out / "checkpoints").iterdir() if not p.name.startswith("step-")]  # no litter
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
