@@ -1,6 +1,6 @@
 """A run's settings: strict, typed, frozen; JSON in, JSON out. Standard library only.
 
-    recipe = load("recipes/quickstart.json", ["epochs=5", "students.0.lr=0.1"])
+    recipe = load("recipes/quickstart.json", ["epochs=5", "students.kd.lr=0.1"])
 
 The dataclasses below are the whole format. Every key must be there and nothing else may be: only what cannot change
 accuracy has a default. A file's errors are reported all at once, each with its path, what was found and what was
@@ -106,6 +106,8 @@ class Data:
     crop: PadCrop | ResizedCrop
     hflip: Share
     rand_augment: Text | None  # timm's notation, "rand-m7-mstd0.5"
+    repeats: Count  # crops of one image in a step (repeated augmentation); an epoch keeps its length and sees fewer images
+    random_erasing: Share  # probability that noise covers a part of an image
     mixup: Number  # alpha of the Beta distribution; 0: off
     cutmix: Number
     drop_last: bool
@@ -115,10 +117,14 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """One of: `recipe` (the student which that recipe trains), `checkpoint` of `model`, `pretrained` weights of `model`."""
+    """One of: `recipe` (the student which that recipe trains), `checkpoint` of `model`, `pretrained` weights of `model`.
+
+    With none of them `model` is untrained, which train.py accepts for a trial only.
+    """
 
     model: Text | None = None
     model_args: dict | None = None
+    size: Count | None = None  # pixels; the batch is resized to it on the device. null: it sees the batch as it is
     pretrained: bool = False
     checkpoint: Text | None = None
     recipe: Text | None = None
@@ -155,6 +161,7 @@ class Student:
     weight_decay: Number
     decay_norm_and_bias: bool  # weight decay on 1-D parameters and biases too
     clip_grad: Number | None  # global norm
+    ema: Share | None  # decay of a running average of the weights, evaluated and exported beside them
     hard: Hard
     soft: Soft | None  # null: labels alone
     paper: dict | None = None  # the table cell that this student reproduces, for tools/ and the reader
@@ -276,7 +283,7 @@ def _apply(tree, override):
     """Set one `a.0.b=value` in the parsed JSON; returns what is wrong, or None."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        return "expected path=value, for example students.0.lr=0.1"
+        return "expected path=value, for example students.kd.lr=0.1"
     try:
         value = _parse(text)
     except (ValueError, RecursionError):
@@ -285,9 +292,10 @@ def _apply(tree, override):
     node = tree
     for part in [*parents, last]:
         if isinstance(node, list):
-            if not (part.isascii() and part.isdigit() and int(part) < len(node)):
-                return f"{part!r} is not an index of a list of {len(node)}"
-            part = int(part)
+            named = {item["name"]: i for i, item in enumerate(node) if isinstance(item, dict) and isinstance(item.get("name"), str)}
+            if part not in named and not (part.isascii() and part.isdigit() and int(part) < len(node)):
+                return f"{part!r} is not {f'one of {list(named)}' if named else f'an index of a list of {len(node)}'}"
+            part = named[part] if part in named else int(part)
         elif not isinstance(node, dict):
             return f"nothing called {part!r} can be set in {_show(node)}"
         parent, key, node = node, part, node[part] if isinstance(node, list) else node.get(part)
@@ -416,9 +424,9 @@ def _contradictions(recipe):
         yield f"data.shuffle_buffer: expected {expected} streaming, got {data.shuffle_buffer}"
     if data.train_size and data.drop_last and data.train_size < recipe.batch_size:
         yield f"data: {data.train_size} images do not fill one batch of {recipe.batch_size}, and drop_last is true"
-    names = [s.name for s in recipe.students]
+    names = [s.name for s in recipe.students] + [f"{s.name}-ema" for s in recipe.students if s.ema is not None]
     if len(set(names)) < len(names):
-        yield f"students: names must differ, got {names}"
+        yield f"students: names must differ, also from NAME-ema of a student with ema; got {names}"
     distilled = [s.name for s in recipe.students if s.soft]
     if distilled and not recipe.teacher:
         yield f"students {distilled} have a distillation loss ('soft') but teacher is null"
@@ -431,12 +439,12 @@ def _contradictions_of_networks(recipe):
     teacher = recipe.teacher
     if teacher:
         origins = [n for n in ("recipe", "checkpoint", "pretrained") if getattr(teacher, n)]
-        if len(origins) != 1:
-            yield f"teacher: expected exactly one of recipe, checkpoint, pretrained; got {' and '.join(origins) or 'none'}"
+        if len(origins) > 1:
+            yield f"teacher: expected one of recipe, checkpoint, pretrained; got {' and '.join(origins)}"
         if (teacher.model is None) != (teacher.recipe is not None):
-            yield "teacher: model is needed with checkpoint or pretrained, and comes from the recipe with recipe"
-        if teacher.recipe and (teacher.model_args or teacher.mean or teacher.std):
-            yield "teacher: with recipe, model_args, mean and std come from that recipe"
+            yield "teacher: expected recipe, or a model with checkpoint or pretrained"
+        if teacher.recipe and (teacher.model_args or teacher.size or teacher.mean or teacher.std):
+            yield "teacher: with recipe, model_args, size, mean and std come from that recipe"
     for path, network in [("teacher", teacher), *((f"students[{i}]", s) for i, s in enumerate(recipe.students))]:
         if network and (network.mean is None) != (network.std is None):
             yield f"{path}: give both mean and std, or neither"

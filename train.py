@@ -2,7 +2,7 @@
 
     accelerate launch train.py recipes/quickstart.json
     accelerate launch train.py recipes/prev_cifar_res20_res56.json --data ../shared/data/cifar100 --limit 200
-    accelerate launch train.py recipes/prev_cifar_res20_res56.json --set epochs=60 students.0.lr=0.1 --students kd --resume
+    accelerate launch train.py recipes/prev_cifar_res20_res56.json --set epochs=60 students.kd.lr=0.1 --students kd --resume
 
 Writes into --out (default: runs/RECIPE): recipe.json as it ran, metrics.jsonl and tensorboard/, checkpoints/ to --resume
 from, students/NAME/ for timm, and result.json. Processes, precision and devices belong to `accelerate launch`.

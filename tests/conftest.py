@@ -29,6 +29,7 @@ STUDENT = {
     "weight_decay": 5e-4,
     "decay_norm_and_bias": False,
     "clip_grad": None,
+    "ema": None,
     "hard": {"loss": "cross_entropy", "weight": 1.0, "smoothing": 0.0},
     "soft": {"loss": "kd", "weight": 1.0, "warmup_epochs": 0, "args": {"temperature": 4.0}},
 }
@@ -53,6 +54,8 @@ RECIPE = {
         "crop": {"kind": "pad", "padding": 1},
         "hflip": 0.0,
         "rand_augment": None,
+        "repeats": 1,
+        "random_erasing": 0.0,
         "mixup": 0.0,
         "cutmix": 0.0,
         "drop_last": False,

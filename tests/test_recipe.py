@@ -64,11 +64,12 @@ ERRORS = [  # (change, what the error says after the file's name)
      "data.crop.scale: expected 0 < low <= high, got [1.0, 0.1]"),
     (dict(students=[STUDENT]), "students ['kd'] have a distillation loss ('soft') but teacher is null"),
     (dict(teacher={"recipe": "x.json"}), "teacher: no student has a distillation loss ('soft'): set teacher to null"),
-    (dict(students=[STUDENT], teacher={"model": "resnet18"}), "teacher: expected exactly one of recipe, checkpoint, pretrained; got none"),
+    (dict(students=[STUDENT], teacher={"model": "a", "pretrained": True, "checkpoint": "b"}), "teacher: expected one of recipe, checkpoint, pretrained; got checkpoint and pretrained"),
+    (dict(students=[dict(STUDENT, ema=0.9), dict(STUDENT, name="kd-ema")]), "students: names must differ, also from NAME-ema of a student with ema; got ['kd', 'kd-ema', 'kd-ema']"),
     (dict(students=[STUDENT], teacher={"checkpoint": "x"}), "teacher: model is needed with checkpoint or pretrained, and comes from the "
      "recipe with recipe"),
     (dict(students__0__mean=[0.5, 0.5, 0.5]), "students[0]: give both mean and std, or neither"),
-    (dict(students=[dict(STUDENT, soft=None)] * 2), "students: names must differ, got ['kd', 'kd']"),
+    (dict(students=[dict(STUDENT, soft=None)] * 2), "students: names must differ, also from NAME-ema of a student with ema; got ['kd', 'kd']"),
 ]  # fmt: skip
 
 
@@ -125,10 +126,10 @@ def test_overrides_go_through_the_same_checks(tmp_path):
     assert (changed.epochs, changed.students[0].lr, changed.students[0].optimizer) == (7, 3e-3, "lamb")
     for override, message in [
         ("epochs=seven", "epochs: expected a whole number, got 'seven'"),
-        ("students.1.lr=1", "--set students.1.lr=1: '1' is not an index of a list of 1"),
+        ("students.1.lr=1", "--set students.1.lr=1: '1' is not one of ['alone']"),
         ("students.0.lrr=1", "students[0]: unknown key 'lrr', did you mean 'lr'?"),
         ("students.0.soft.weight=1", "--set students.0.soft.weight=1: nothing called 'weight' can be set in None"),
-        ("epochs", "--set epochs: expected path=value, for example students.0.lr=0.1"),
+        ("epochs", "--set epochs: expected path=value, for example students.kd.lr=0.1"),
         ("epochs.x=1", "--set epochs.x=1: nothing called 'x' can be set in 2"),
     ]:
         with pytest.raises(recipe.RecipeError) as caught:
