@@ -66,8 +66,7 @@ ERRORS = [  # (change, what the error says after the file's name)
     (dict(teacher={"recipe": "x.json"}), "teacher: no student has a distillation loss ('soft'): set teacher to null"),
     (dict(students=[STUDENT], teacher={"model": "a", "pretrained": True, "checkpoint": "b"}), "teacher: expected one of recipe, checkpoint, pretrained; got checkpoint and pretrained"),
     (dict(students=[dict(STUDENT, ema=0.9), dict(STUDENT, name="kd-ema")]), "students: names must differ, also from NAME-ema of a student with ema; got ['kd', 'kd-ema', 'kd-ema']"),
-    (dict(students=[STUDENT], teacher={"checkpoint": "x"}), "teacher: model is needed with checkpoint or pretrained, and comes from the "
-     "recipe with recipe"),
+    (dict(students=[STUDENT], teacher={"checkpoint": "x"}), "teacher: expected recipe, or a model with checkpoint or pretrained"),
     (dict(students__0__mean=[0.5, 0.5, 0.5]), "students[0]: give both mean and std, or neither"),
     (dict(students=[dict(STUDENT, soft=None)] * 2), "students: names must differ, also from NAME-ema of a student with ema; got ['kd', 'kd']"),
 ]  # fmt: skip
