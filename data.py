@@ -9,25 +9,33 @@ id), never on workers, processes or what came before: results do not change with
 resumed at any step without saved generator states.
 """
 
+import dataclasses
 import difflib
 import functools
 import io
 import itertools
 import random
+import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from timm.data import Mixup, create_transform
+from timm.data import ImageNetInfo, Mixup, create_transform
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import ToNumpy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 from torchvision import transforms
 
 DIGITS_TRAIN = 898  # of scikit-learn's 1,797 digits
+DIGITS_SHARDS = 8  # where they are streamed
 
 
 class DataError(ValueError):
@@ -37,44 +45,117 @@ class DataError(ValueError):
 # ---------------------------------------------------------------- sources
 
 
-def open_split(data, split):
-    """One split, images undecoded: a memory-mapped datasets.Dataset, or an IterableDataset where `data.streaming`.
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a source, images undecoded."""
 
-    `data.source`: a name on the hub, a folder of parquet files, a folder of images in class folders, or "digits".
+    rows: datasets.Dataset | datasets.IterableDataset  # memory-mapped, or a stream
+    ids: list | None  # class id of each label of the source; None: they are the class ids
+    names: list | None  # the classes by id, where the source names all of them
+    files: list  # what it is read from, one file a shard; for image folders the images; none for "digits"
+
+
+def open_split(data, split):
+    """The `Split` of `data.source` by name; a stream where `data.streaming`.
+
+    `data.source`: a name on the hub, a folder of parquet files, of webdataset tar files, of images in class folders, or
+    "digits". Raises DataError naming the nearest split or column, and for classes that are not the recipe's.
     """
     source = data.source
-    splits = _splits(source, data.streaming)
+    splits, files = _splits(source, data.streaming)
     if split not in splits:
-        near = difflib.get_close_matches(split, splits, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"{source}: no split {split!r}{hint} (splits: {', '.join(splits)})")
+        raise DataError(f"{source}: no split {split!r}{_nearest(split, splits)} (splits: {', '.join(splits)})")
     rows = splits[split]
     for column in (data.image, data.label):
         if rows.column_names and column not in rows.column_names:
-            near = difflib.get_close_matches(column, rows.column_names, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{source}: no column {column!r}{hint} (columns: {', '.join(rows.column_names)})")
-    found = getattr(rows.features[data.label], "num_classes", data.classes) if rows.features else data.classes
-    if found != data.classes:
-        raise DataError(f"{source}: column {data.label!r} has {found} classes, the recipe's data.classes is {data.classes}")
+            known = ", ".join(rows.column_names)
+            raise DataError(f"{source}: no column {column!r}{_nearest(column, rows.column_names)} (columns: {known})")
+    ids, names = None, getattr((rows.features or {}).get(data.label), "names", None)
+    if names:
+        ids = class_ids(source, names, data.classes)
+        names = [name for _, name in sorted(zip(ids, names, strict=True))] if len(names) == data.classes else None
     # Decoding is ours: one decode error inside a streamed iterator would end the epoch in silence.
-    return rows.select_columns([data.image, data.label]).cast_column(data.image, datasets.Image(decode=False))
+    rows = rows.select_columns([data.image, data.label]).cast_column(data.image, datasets.Image(decode=False))
+    return Split(rows, ids, names, files.get(split, []))
+
+
+def class_ids(source, names, classes):
+    """The class id of each of a source's label names: their own order, but for ImageNet's two kinds of folders.
+
+    WNIDs ("n01440764") take the place that timm's list of the 1,000 gives them, so that a folder with a part of the
+    classes fits. Numbers ("0" to "999", ImageNet-V2) mean themselves; sorted as text, "10" would come before "2".
+    Raises DataError for another number of classes, and for the 1,000 of ImageNet in another order.
+    """
+    imagenet = ImageNetInfo() if classes == 1000 else None
+    numbers = all(name.isascii() and name.isdigit() and int(name) < classes for name in names)
+    if numbers and (imagenet or len(names) == classes):
+        return [int(name) for name in names]
+    if imagenet and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        known = {wnid: i for i, wnid in enumerate(imagenet.label_names())}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise DataError(f"{source}: class {unknown[0]!r} is not one of ImageNet's 1,000 (and {len(unknown) - 1} more)")
+        return [known[name] for name in names]
+    if len(names) != classes:
+        raise DataError(f"{source}: {len(names)} classes found, the recipe's data.classes is {classes}")
+    if imagenet:
+        _check_imagenet_order(source, names, [imagenet.index_to_description(i) for i in range(1000)])
+    return list(range(classes))
+
+
+def _check_imagenet_order(source, names, expected):
+    """Other people's labels may be ImageNet's in another order, which costs a teacher all its accuracy."""
+    found, expected = ([re.split(r",| \(", name)[0] for name in list_] for list_ in (names, expected))
+    if len(set(found) & set(expected)) > 900:
+        for i, (name, wanted) in enumerate(zip(found, expected, strict=True)):
+            if name != wanted:
+                raise DataError(f"{source}: class {i} is {names[i]!r}, ImageNet's is {wanted!r}: not the order of the WNIDs")
 
 
 def _splits(source, streaming):
-    """{split name: rows} of a source, as `datasets` finds them."""
+    """({split name: rows}, {split name: its files}) of a source, as `datasets` finds them."""
     if source == "digits":
-        return {split: rows.to_iterable_dataset(num_shards=8) if streaming else rows for split, rows in _digits().items()}
+        splits = {s: rows.to_iterable_dataset(DIGITS_SHARDS) if streaming else rows for s, rows in _digits().items()}
+        return splits, {}
     local = Path(source).is_dir()
     if not local and source.count("/") != 1:
         raise DataError(f"{source}: not a folder, not a data set's name on the hub ('owner/name'), not 'digits'")
     try:
-        return datasets.load_dataset(source, streaming=streaming)
+        builder = datasets.load_dataset_builder(source)
+        files = {str(split): list(map(str, found)) for split, found in (builder.config.data_files or {}).items()}
+        if streaming:
+            return builder.as_streaming_dataset(), files
+        builder.download_and_prepare()
+        return builder.as_dataset(), files
     except (OSError, datasets.exceptions.DatasetsError) as error:
         hint = "" if local else "; to work offline, download its parquet files and pass their folder with --data DIR"
         raise DataError(f"{source}: cannot be loaded as images: {error.__cause__ or error}{hint}") from error
     except ValueError as error:
         raise DataError(f"{source}: not a data set of images that `datasets` can read: {error}") from error
+
+
+def _shard_lengths(split):
+    """Images in each shard of a streamed split, where that can be known without reading it; else None (tar files)."""
+    if not split.files:  # digits
+        return [sum(1 for _ in split.rows.shard(split.rows.num_shards, i)) for i in range(split.rows.num_shards)]
+    if not all(file.endswith(".parquet") for file in split.files):
+        return None
+    with ThreadPoolExecutor(16) as pool:  # on the hub each footer is a request
+        return list(pool.map(_rows_of_parquet, split.files))
+
+
+def _are_images(files):
+    return bool(files) and Path(files[0]).suffix.lower() in Image.registered_extensions()
+
+
+def _rows_of_parquet(file):
+    with fsspec.open(file, "rb") as opened:
+        return pq.read_metadata(opened).num_rows
+
+
+def _nearest(word, known):
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 @functools.cache
@@ -93,21 +174,26 @@ def _digits():
     return {"train": rows.select(range(DIGITS_TRAIN)), "test": rows.select(range(DIGITS_TRAIN, len(rows)))}
 
 
+@functools.cache
 def describe(source):
-    """What a data set offers, for evaluating a checkpoint that came without a recipe: split, columns, classes.
+    """What a data set offers for evaluating a checkpoint without a recipe: the fields of a recipe's `data` that name it.
 
-    Takes test or validation, the first column of images and the first of class labels.
+    Takes test or validation, or the only split there is; the first column of images, and the first of class labels or
+    else a webdataset's "cls".
     """
-    splits = _splits(str(source), streaming=True)
-    split = next((s for s in ("test", "validation") if s in splits), None)
+    splits, files = _splits(str(source), streaming=True)
+    split = next((s for s in ("test", "validation") if s in splits), None if len(splits) > 1 else next(iter(splits)))
     if split is None:
         raise DataError(f"{source}: no split called test or validation (splits: {', '.join(splits)})")
     features = splits[split].features or {}
     image = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
-    label = next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
+    label = next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), "cls" if "cls" in features else None)
     if image is None or label is None:
         raise DataError(f"{source}: needs a column of images and one of class labels (columns: {', '.join(features)})")
-    return {"test_split": split, "image": image, "label": label, "classes": features[label].num_classes}
+    columns = {"test_split": str(split), "image": image, "label": label}
+    classes = getattr(features[label], "num_classes", None)
+    # one shard: one worker would decode it all; memory-mapping an image folder costs its file names only
+    return {**columns, "classes": classes, "streaming": not _are_images(files.get(str(split), []))}
 
 
 # ---------------------------------------------------------------- one image
@@ -123,7 +209,10 @@ def seed_all(*key):
 
 def decode(row):
     """{"bytes", "path"} -> RGB image. No EXIF rotation, as in timm and torchvision."""
-    raw = row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes()
+    raw = row["bytes"]
+    if raw is None:
+        with fsspec.open(row["path"], "rb") as file:  # a path on this disk, or a streamed one on the hub
+            raw = file.read()
     return Image.open(io.BytesIO(raw)).convert("RGB")
 
 
@@ -170,17 +259,22 @@ def test_transform(data):
     return create_transform(data.size, crop_pct=data.crop_pct, interpolation=data.interpolation, use_prefetcher=True)
 
 
-def _sample(row, index, data, transform):
-    """(uint8 tensor, label, index) of one undecoded row."""
+def _decoded(row, index, data, ids):
+    """(image, class id) of one undecoded row."""
     label = row[data.label]
+    if ids is not None and label is not None and 0 <= label < len(ids):
+        label = ids[label]
     if label is None or not 0 <= label < data.classes:
         raise DataError(f"image {index}: label {label} is not in 0..{data.classes - 1}")
     try:
-        image = decode(row[data.image])
+        return decode(row[data.image]), label
     except Exception as error:  # PIL raises anything from SyntaxError to struct.error on a broken file
         raise DataError(f"image {index} ({row[data.image]['path'] or 'no file name'}) cannot be decoded: {error!r}") from error
+
+
+def _transformed(image, index, transform):
     try:
-        return torch.as_tensor(transform(image)), label, index
+        return torch.as_tensor(transform(image))
     except DataError as error:
         raise DataError(f"image {index}: {error}") from None
 
@@ -204,34 +298,48 @@ class TrainLoader:
         self.data, self.seed, self.per_process, self.rank, self.world = data, seed, batch_size_per_process, rank, world
         self.batch_size, self.accumulate = batch_size, batch_size // (batch_size_per_process * world)
         self.workers, self.pin = workers, pin
-        self.rows = open_split(data, data.train_split)
-        self.size = data.train_size if data.streaming else len(self.rows)
+        self.split = open_split(data, data.train_split)
+        self.lengths = self._check_stream() if data.streaming else None
+        known = sum(self.lengths) if self.lengths else None if data.streaming else len(self.split.rows)
+        self.size = known or data.train_size
         if data.train_size not in (None, self.size):
-            raise DataError(f"{data.train_split}: {self.size} images found, the recipe's data.train_size is {data.train_size}")
+            raise DataError(
+                f"{data.source}, {data.train_split}: {self.size} images found, the recipe's data.train_size is "
+                f"{data.train_size}: if these are the right images, --set data.train_size={self.size}"
+            )
         self.steps_per_epoch = self.size // batch_size
         if not data.drop_last and self.size % batch_size >= self.accumulate * world:
             self.steps_per_epoch += 1
-        readers = world * max(workers, 1)
-        if data.streaming and self.rows.num_shards < readers:
-            self.rows = self.rows.reshard()  # row groups instead of files
-            if self.rows.num_shards < readers:
-                raise DataError(f"{self.rows.num_shards} shards cannot feed {readers} readers: fewer processes or --workers")
         if not self.steps_per_epoch:
-            raise DataError(f"{data.train_split}: {self.size} images do not fill one step of {batch_size}")
+            raise DataError(f"{data.source}, {data.train_split}: {self.size} images do not fill one step of {batch_size}")
+
+    def _check_stream(self):
+        """The lengths of a stream's shards, where they are known."""
+        source, shards, readers = self.data.source, self.split.rows.num_shards, self.world * max(self.workers, 1)
+        if _are_images(self.split.files):
+            raise DataError(
+                f"{source}: image files lie sorted by class, and a stream cannot shuffle them: "
+                "--set data.streaming=false data.shuffle_buffer=0"
+            )
+        lengths = _shard_lengths(self.split)
+        if lengths is None and shards < readers:
+            raise DataError(f"{source}: {shards} shards cannot feed {readers} readers: fewer processes or --workers")
+        return lengths
 
     def batches(self, start, stop):
         """Batches of steps start..stop-1: `accumulate` for each step. One set of worker processes serves them all."""
         common = dict(num_workers=self.workers, pin_memory=self.pin)
         if self.data.streaming:
             return DataLoader(_Stream(self, start, stop), batch_size=None, **common)
-        images = _Images(self.rows, self.data, train_transform(self.data), self.seed)
-        return DataLoader(images, batch_sampler=_Order(self, start, stop), **common)
+        return DataLoader(_Images(self), batch_sampler=_Order(self, start, stop), **common)
 
 
 class _Order(Sampler):
-    """Lists of (epoch, row number): step s is rows order[s * batch_size:][:batch_size], whoever reads them.
+    """Lists of (epoch, repeat, row number): step s is crops[s * batch_size:][:batch_size], whoever reads them.
 
-    Every process takes its own part of that slice, so the images of a step do not depend on the number of processes.
+    crops are an epoch's random order of the images, each `repeats` times in a row, cut at the length of the data set.
+    They are dealt out one by one, as in timm's RepeatAugSampler: the crops of an image fall to different processes. With
+    fewer processes they fall to the batches that are accumulated instead, so a step does not depend on their number.
     """
 
     def __init__(self, loader, start, stop):
@@ -239,35 +347,47 @@ class _Order(Sampler):
 
     def __iter__(self):
         loader, current = self.loader, None
+        parts = loader.world * loader.accumulate
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, loader.steps_per_epoch)
             if epoch != current:
                 order, current = np.random.default_rng([loader.seed, epoch]).permutation(loader.size), epoch
-            rows = order[position * loader.batch_size :][: loader.batch_size]
-            share = len(rows) // (loader.world * loader.accumulate)  # equal on all: gradients are averaged, not summed
+            crops = range(position * loader.batch_size, min((position + 1) * loader.batch_size, loader.size))
+            share = len(crops) // parts  # equal for all: gradients are averaged, not summed
             for k in range(loader.accumulate):
-                first = (k * loader.world + loader.rank) * share
-                yield [(epoch, int(row)) for row in rows[first : first + share]]
+                own = crops[k * loader.world + loader.rank :: parts][:share]
+                yield [(epoch, c % loader.data.repeats, int(order[c // loader.data.repeats])) for c in own]
 
 
 class _Images(Dataset):
-    """Rows by (epoch, row number), decoded and augmented."""
+    """Crops by (epoch, repeat, row number); whole batches, so that an image is decoded once for its crops in the batch."""
 
-    def __init__(self, rows, data, transform, seed):
-        self.rows, self.data, self.transform, self.seed = rows, data, transform, seed
+    def __init__(self, loader):
+        self.rows, self.ids, self.data, self.seed = loader.split.rows, loader.split.ids, loader.data, loader.seed
+        self.transform = train_transform(loader.data)
 
-    def __getitem__(self, key):
-        epoch, index = key
-        seed_all(self.seed, epoch, index)
-        return _sample(self.rows[index], index, self.data, self.transform)
+    def __getitems__(self, keys):
+        samples, previous = [], None
+        for epoch, repeat, index in keys:
+            if index != previous:
+                image, label = _decoded(self.rows[index], index, self.data, self.ids)
+                previous = index
+            seed_all(self.seed, epoch, index, repeat)
+            samples.append((_transformed(image, index, self.transform), label, index))
+        return samples
 
 
 class _Stream(IterableDataset):
-    """Whole batches from a stream: shards shuffled by (seed, epoch) and dealt to processes and workers, then a buffer.
+    """Whole batches from a stream: shards in an order of (seed, epoch), dealt to processes and workers, then a buffer.
+
+    Where the shards' lengths are known, every reader takes as many images as its batches need from their concatenation:
+    each image comes once an epoch, whatever the number of shards. Where they are not (tar files), readers take whole
+    shards, and one with too few images begins its shards again.
 
     An image's id is a checksum of its bytes, the one name that survives any sharding. `datasets`' own shuffle is not
     used: it sleeps 5 s at the end of a pass, copies its buffer, and cannot be resumed inside an epoch; here a resumed
     reader skips rows without decoding them. Which images make a batch depends on the number of processes and workers.
+    Repeated crops are neighbours in a batch: to spread them over processes, each would have to read all of the stream.
     """
 
     def __init__(self, loader, start, stop):
@@ -277,36 +397,58 @@ class _Stream(IterableDataset):
     def __iter__(self):
         loader, info = self.loader, get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        per_epoch = loader.steps_per_epoch * loader.accumulate
+        per_epoch, repeats = loader.steps_per_epoch * loader.accumulate, loader.data.repeats
         first, last = self.start * loader.accumulate, self.stop * loader.accumulate
         slot = (first + worker) % workers  # the DataLoader takes batch `first` from worker 0: deal as if it began at 0
         for epoch in range(first // per_epoch, -(-last // per_epoch)):
-            mine = [b for b in range(epoch * per_epoch, (epoch + 1) * per_epoch) if b % workers == slot and b < last]
-            skip = sum(b < first for b in mine)
-            rows = itertools.islice(self._rows(epoch, slot, workers), skip * loader.per_process, None)
-            for _ in mine[skip:]:
-                yield default_collate([self._augmented(row, epoch) for row in itertools.islice(rows, loader.per_process)])
+            batches = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+            dealt = [[b for b in batches if b % workers == s] for s in range(workers)]
+            needed = [-(-len(own) * loader.per_process // repeats) for own in dealt]  # images of each worker here
+            before = loader.rank * sum(needed) + sum(needed[:slot])
+            rows = self._rows(epoch, slot, workers, before, needed[slot])
+            skip = sum(b < first for b in dealt[slot]) * loader.per_process  # crops
+            rows = itertools.islice(rows, skip // repeats, None)
+            crops = itertools.islice(self._crops(rows, epoch), skip % repeats, None)
+            for b in dealt[slot]:
+                if first <= b < last:
+                    yield default_collate(list(itertools.islice(crops, loader.per_process)))
 
-    def _rows(self, epoch, slot, workers):
-        """Undecoded rows of this process's and worker's shards, endless: a short share starts again, so steps stay equal."""
-        loader, n = self.loader, self.loader.rows.num_shards
-        shards = np.random.default_rng([loader.seed, epoch]).permutation(n)
-        shards = shards[loader.rank * workers + slot :: loader.world * workers]
+    def _rows(self, epoch, slot, workers, before, needed):
+        """Undecoded rows of one process's worker in an epoch, shuffled."""
+        loader, n = self.loader, self.loader.split.rows.num_shards
+        shards = np.random.default_rng([loader.seed, epoch]).permutation(n).tolist()
         chance = random.Random(f"{loader.seed} {epoch} {loader.rank} {slot}")
-        while True:
-            yield from _shuffled(self._read(shards, n), loader.data.shuffle_buffer, chance)
+        if loader.lengths:
+            yield from _shuffled(self._interval(shards, before, needed), loader.data.shuffle_buffer, chance)
+            return
+        while True:  # a short share begins again, so that steps stay equal
+            own = (row for shard in shards[loader.rank * workers + slot :: loader.world * workers] for row in self._read(shard))
+            yield from _shuffled(own, loader.data.shuffle_buffer, chance)
 
-    def _read(self, shards, n):
-        for shard in shards:
-            # .iter, because __iter__ in a DataLoader worker would divide this one shard among the workers again
-            for columns in self.loader.rows.shard(num_shards=n, index=int(shard)).iter(batch_size=32):
-                yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+    def _interval(self, shards, before, needed):
+        """Rows before..before+needed-1 of the concatenated shards, which go round (with repeats few images may not do)."""
+        for shard in itertools.cycle(shards):
+            if not needed:
+                return
+            length = self.loader.lengths[shard]
+            taken = max(min(needed, length - before), 0)
+            if taken:
+                yield from itertools.islice(self._read(shard), before, before + taken)
+            before, needed = max(before - length, 0), needed - taken
 
-    def _augmented(self, row, epoch):
-        image = row[self.loader.data.image]
-        index = _checksum(image)
-        seed_all(self.loader.seed, epoch, index)
-        return _sample(row, index, self.loader.data, self.transform)
+    def _read(self, shard):
+        # .iter, because __iter__ in a DataLoader worker would divide this one shard among the workers again
+        for columns in self.loader.split.rows.shard(self.loader.split.rows.num_shards, shard).iter(batch_size=32):
+            yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+
+    def _crops(self, rows, epoch):
+        loader = self.loader
+        for row in rows:
+            index = _checksum(row[loader.data.image])
+            image, label = _decoded(row, index, loader.data, loader.split.ids)
+            for repeat in range(loader.data.repeats):
+                seed_all(loader.seed, epoch, index, repeat)
+                yield _transformed(image, index, self.transform), label, index
 
 
 def _checksum(image):
@@ -325,42 +467,77 @@ def _shuffled(rows, size, chance):
 
 
 def mixer(data):
-    """(images [B,3,H,W] float, labels [B]) -> (mixed images, target [B, K] whose rows sum to 1), or None for no mixing.
+    """(images [B,3,H,W] float in [0, 1], labels [B]) -> (images, target): random erasing, mixup, cutmix. None for neither.
 
-    timm's Mixup, drawing from numpy's global generator. No label smoothing here: it commutes with mixing and belongs to
-    each student.
+    target is [B, K] with rows that sum to 1, or the labels where nothing is mixed. timm's RandomErasing and Mixup, drawing
+    from the global generators; one draw of Mixup for the whole batch, as upstream. No label smoothing here: it commutes
+    with mixing and belongs to each student.
     """
-    if not (data.mixup or data.cutmix):
-        return None
-    return Mixup(mixup_alpha=data.mixup, cutmix_alpha=data.cutmix, label_smoothing=0.0, num_classes=data.classes)
+    mix = None
+    if data.mixup or data.cutmix:
+        mix = Mixup(mixup_alpha=data.mixup, cutmix_alpha=data.cutmix, label_smoothing=0.0, num_classes=data.classes)
+    if not data.random_erasing:
+        return mix
+
+    def erase_and_mix(images, labels):
+        images = _erase(images, data.random_erasing)
+        return mix(images, labels) if mix else (images, labels)
+
+    return erase_and_mix
+
+
+def _erase(images, probability):
+    """timm's RandomErasing draws noise of unit variance for normalised images: ImageNet's statistics go off and on again."""
+    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    erasing = RandomErasing(probability, mode="pixel", device=images.device)
+    return erasing((images - mean) / std) * std + mean
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False):
-    """Every image of the test split once over all processes (shares may differ in size), in a fixed order."""
-    rows = open_split(data, data.test_split)
-    images = _TestImages(rows, data, test_transform(data), rank, world)
-    if data.streaming:
+def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numbered=False):
+    """Every image of the test split once over all processes (shares may differ in size), in a fixed order.
+
+    `numbered`: the index of an image is the number in its file name, ILSVRC2012_val_00000001.JPEG, by which ImageNet-ReaL
+    knows it; DataError for other names.
+    """
+    split = open_split(data, data.test_split)
+    images = _TestImages(split, data, test_transform(data), rank, world, numbered)
+    if isinstance(split.rows, datasets.IterableDataset):
         return DataLoader(_TestStream(images), batch_size, num_workers=workers, pin_memory=pin)
-    if not len(rows):
-        raise DataError(f"{data.test_split}: no images")
+    if not len(split.rows):
+        raise DataError(f"{data.source}, {data.test_split}: no images")
     return DataLoader(images, batch_size, num_workers=workers, pin_memory=pin)
 
 
 class _TestImages(Dataset):
     """This process's share of a memory-mapped split."""
 
-    def __init__(self, rows, data, transform, rank, world):
-        self.rows, self.data, self.transform, self.rank, self.world = rows, data, transform, rank, world
+    def __init__(self, split, data, transform, rank, world, numbered):
+        self.rows, self.ids, self.data, self.transform = split.rows, split.ids, data, transform
+        self.rank, self.world, self.numbered = rank, world, numbered
 
     def __len__(self):
         return len(range(self.rank, len(self.rows), self.world))
 
     def __getitem__(self, i):
         index = self.rank + i * self.world
-        return _sample(self.rows[index], index, self.data, self.transform)
+        return self.sample(self.rows[index], index)
+
+    def sample(self, row, index):
+        if self.numbered:
+            index = _validation_number(row[self.data.image])
+        image, label = _decoded(row, index, self.data, self.ids)
+        return _transformed(image, index, self.transform), label, index
+
+
+def _validation_number(image):
+    match = re.search(r"ILSVRC2012_val_(\d{8})", image["path"] or "")
+    if not match:
+        found = Path(image["path"]).name if image["path"] else "no name"
+        raise DataError(f"ImageNet-ReaL knows an image by its file name, ILSVRC2012_val_00000001.JPEG; found {found}")
+    return int(match[1])
 
 
 class _TestStream(IterableDataset):
@@ -374,7 +551,6 @@ class _TestStream(IterableDataset):
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         n = own.rows.num_shards
         for shard in range(own.rank * workers + worker, n, own.world * workers):
-            for columns in own.rows.shard(num_shards=n, index=shard).iter(batch_size=32):
+            for columns in own.rows.shard(n, shard).iter(batch_size=32):
                 for image, label in zip(columns[own.data.image], columns[own.data.label], strict=True):
-                    row = {own.data.image: image, own.data.label: label}
-                    yield _sample(row, _checksum(image), own.data, own.transform)
+                    yield own.sample({own.data.image: image, own.data.label: label}, _checksum(image))

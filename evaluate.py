@@ -1,11 +1,13 @@
-"""Accuracy of a classifier: one function for the training loop, one command for people.
+"""Accuracy of a classifier: two functions for the training loop, one command for people.
 
-    python evaluate.py runs/quickstart                                   # a run's folder: all its students
+    python evaluate.py runs/quickstart                                     # a run's folder: all its students
     python evaluate.py runs/prev_cifar_res20_res56/students/kd --data DIR  # an exported student
-    python evaluate.py resnet56.pth --model cifar_resnet56 --data DIR    # a checkpoint file of a timm model
+    python evaluate.py resnet56.pth --model cifar_resnet56 --data DIR      # a checkpoint file of a timm model
+    python evaluate.py runs/a1_res50_beitb resnet50.a1_in1k --on imagenet real v2 --data DIR --v2 DIR
 
 Top-1 and top-5 in per cent and the number of images, as a table, or with --json as JSON. Images are counted once each,
-whatever the number of processes. The metric is a `Metric` of the Hugging Face package `evaluate`, used offline.
+whatever the number of processes, and decoded once for all checkpoints that want them prepared alike; ImageNet and
+ImageNet-ReaL share their forward passes, too. The metric is a `Metric` of the Hugging Face package `evaluate`, offline.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from timm.data import RealLabelsImagenet
 
 import data
 import models
@@ -49,42 +52,79 @@ hf_evaluate = import_hf_evaluate()
 
 
 class TopK(hf_evaluate.Metric):
-    """Share of rows whose label is among the first k of `predictions` (class ids, best first), in per cent."""
+    """Share of rows with a right class among the first k of `predictions` (class ids, best first), in per cent.
+
+    A row's reference is the list of its right classes: one, or with ImageNet-ReaL several.
+    """
 
     def _info(self):
-        features = {"predictions": datasets.Sequence(datasets.Value("int32")), "references": datasets.Value("int32")}
+        ids = datasets.Sequence(datasets.Value("int32"))
         return hf_evaluate.MetricInfo(
-            description=self.__doc__, citation="", inputs_description="", features=datasets.Features(features)
+            description=self.__doc__,
+            citation="",
+            inputs_description="",
+            features=datasets.Features({"predictions": ids, "references": ids}),
         )
 
     def _compute(self, predictions, references, ks=(1, 5)):
-        hits = np.asarray(predictions) == np.asarray(references)[:, None]  # [n, largest k]
+        hits = np.array([np.isin(best, right) for best, right in zip(predictions, references, strict=True)])  # [n, largest k]
         return {f"top{k}": round(100 * float(hits[:, :k].any(axis=1).mean()), 4) for k in ks}
 
 
-@torch.no_grad()
-def accuracy(network, loader, accelerator, limit=None):
-    """{"top1", "top5" in per cent, "n" images} of `network` (images in [0, 1] -> logits [B, K]) over all processes.
+def accuracy(networks, loader, accelerator, limit=None):
+    """[{"top1", "top5" in per cent, "n" images}] of each network over the images of all processes; see `predict`."""
+    _, labels, best = predict(networks, loader, accelerator, limit)
+    return [score(own, [[label] for label in labels]) for own in best]
 
-    `loader` yields (uint8 images, labels, index), each image on one process only; shares may differ in size. With fewer
-    than 5 classes "top5" is 100. `limit`: batches to read, for a trial. The network is left in the mode it came in.
+
+@torch.no_grad()
+def predict(networks, loader, accelerator, limit=None):
+    """(index, label, five best class ids of each network) of the images of all processes, from one pass over `loader`.
+
+    networks: images in [0, 1] -> logits [B, K]; they are left in the mode they came in. `loader` yields (uint8 images,
+    labels, index), each image on one process only; shares may differ in size. `limit`: batches to read, for a trial.
     """
-    training = network.training
-    network.eval()
+    training = [network.training for network in networks]
+    for network in networks:
+        network.eval()
     rows = []
-    for i, (images, labels, _) in enumerate(loader):
+    for i, (images, labels, index) in enumerate(loader):
         if i == limit:
             break
-        with accelerator.autocast():
-            logits = network(to_float(images, accelerator.device))
-        # ids, not logits, and of float32 logits: 100 times smaller to hand on, and bfloat16 ties would move the figure
-        best = logits.float().topk(min(5, logits.shape[1])).indices
-        rows += zip(best.tolist(), labels.tolist(), strict=True)
-    network.train(training)
+        images = to_float(images, accelerator.device)
+        best = []
+        for network in networks:
+            with accelerator.autocast():
+                logits = network(images)
+            # ids, not logits, and of float32 logits: 100 times smaller to hand on, and bfloat16 ties would move the figure
+            best.append(logits.float().topk(min(5, logits.shape[1])).indices.tolist())
+        rows += zip(index.tolist(), labels.tolist(), *best, strict=True)
+    for network, mode in zip(networks, training, strict=True):
+        network.train(mode)
     rows = gather_object(rows)  # shares of unequal size: nothing is padded, so nothing is counted twice
+    index, labels, *best = zip(*rows, strict=True)
+    return index, labels, best
+
+
+def score(best, right):
+    """{"top1", "top5", "n"} of class ids (best first) against each image's right ones; images without any do not count.
+
+    With fewer than 5 classes "top5" is 100.
+    """
+    rows = [(b, r) for b, r in zip(best, right, strict=True) if r]
+    if not rows:
+        return {"top1": float("nan"), "top5": float("nan"), "n": 0}
     metric = TopK(keep_in_memory=True)
-    scores = metric.compute(predictions=[best for best, _ in rows], references=[label for _, label in rows])
-    return {**scores, "n": len(rows)}
+    return {**metric.compute(predictions=[b for b, _ in rows], references=[r for _, r in rows]), "n": len(rows)}
+
+
+def real_labels():
+    """{number of an ImageNet validation image: its right classes, maybe none}: ImageNet-ReaL, as timm packages it.
+
+    Beyer et al., "Are we done with ImageNet?", 2020: 46,837 of the 50,000 images have labels.
+    """
+    names = {f"ILSVRC2012_val_{i:08d}.JPEG": i for i in range(1, 50_001)}
+    return {names[name]: right for name, right in RealLabelsImagenet(list(names)).real_labels.items()}
 
 
 def to_float(images, device):
@@ -104,12 +144,24 @@ def table(rows):
 
 # ---------------------------------------------------------------- command line
 
+IMAGENET = "ILSVRC/imagenet-1k"
+V2 = "https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/imagenetv2-matched-frequency.tar.gz"
+
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run's folder, an exported student's folder, or a .safetensors or .pth file")
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a run's folder, an exported student, a .safetensors or .pth file, or the timm name of pretrained weights",
+    )
     parser.add_argument("--model", help="timm name of the network in a checkpoint file")
     parser.add_argument("--data", help="folder of the data set (parquet, or class folders), a name on the hub, or digits")
+    parser.add_argument(
+        "--on", nargs="+", choices=("imagenet", "real", "v2"), help="ImageNet-1K validation, the same with ReaL labels, V2"
+    )
+    parser.add_argument("--v2", metavar="DIR", help="ImageNet-V2: its folder (class folders 0 to 999) or name on the hub")
     parser.add_argument("--batch-size", type=int, default=256, help="per process (default: 256)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes per process (default: 2)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -123,52 +175,111 @@ def main(arguments=None):
     accelerator.print(json.dumps(rows, indent=2) if args.json else table(rows))
 
 
+@dataclasses.dataclass(frozen=True)
+class TestData:
+    """What data.test_loader reads of a recipe's `data`; equal for networks that can share a pass."""
+
+    source: str
+    test_split: str
+    image: str
+    label: str
+    classes: int
+    streaming: bool
+    size: int
+    crop_pct: float
+    interpolation: str
+
+
 def evaluate(args, accelerator):
-    """One row of scores per network found at `args.checkpoint`."""
-    rows = []
-    for name, network, section in _networks(Path(args.checkpoint), args.model, args.data):
-        if network.model.num_classes != section.classes:
-            raise models.ModelError(f"{name} has {network.model.num_classes} classes, {section.source} has {section.classes}")
-        loader = data.test_loader(
-            section,
-            batch_size=args.batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            workers=args.workers,
-        )
-        scores = accuracy(network.to(accelerator.device), loader, accelerator)
-        rows.append({"checkpoint": str(name), "data": section.source, "split": section.test_split, **scores})
-    return rows
+    """One row of scores for each network and result. Networks that want the same images share one pass over them."""
+    found = [entry for path in args.checkpoints for entry in _networks(path, args)]
+    passes = {}
+    for name, network, wanted in found:
+        for results, section in wanted:
+            if network.model.num_classes != section.classes:
+                classes = f"{network.model.num_classes} classes, {section.source} has {section.classes}"
+                raise models.ModelError(f"{name} has {classes}")
+            passes.setdefault((results, section), {})[name] = network.to(accelerator.device)
+    scores = {}
+    for (results, section), members in passes.items():
+        place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=args.workers)
+        loader = data.test_loader(section, batch_size=args.batch_size, numbered="real" in results, **place)
+        index, labels, best = predict(list(members.values()), loader, accelerator)
+        for result in results:
+            real = real_labels() if result == "real" else None
+            right = [real[i] for i in index] if real else [[label] for label in labels]
+            scores |= {(name, result): score(own, right) for name, own in zip(members, best, strict=True)}
+    rows = [(name, result, section) for name, _, wanted in found for results, section in wanted for result in results]
+    return [
+        {"checkpoint": name, "data": result, "split": section.test_split, **scores[name, result]}
+        for name, result, section in rows
+    ]
 
 
-def _networks(path, model, source):
-    """(path, network, data section) of every exported student below a folder, or of one checkpoint file."""
-    if path.is_dir():
-        found = [path] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob("**/students/*/config.json"))
-        if not found:
-            raise models.ModelError(f"{path}: no finished student in this folder (no config.json, no students/*/config.json)")
-        for folder in found:
-            network, config = models.load_exported(folder)
-            yield folder, network, _section(folder, config, source)
+def _networks(path, args):
+    """(name, network, [(results, TestData)]) of a folder's exported students, of a checkpoint file, of a timm tag."""
+    if Path(path).is_dir():
+        for student in _students(Path(path)):
+            network, config = models.load_exported(student)
+            run = student.parent.parent / "recipe.json"
+            own = recipe.load(run).data if run.is_file() else None
+            yield str(student), network, _wanted(student, own or _prepared(config), own, args)
         return
-    if not model:
-        raise models.ModelError(f"{path}: name the network in this file with --model")
+    is_file = Path(path).is_file()
+    if not args.model and (is_file or not timm.is_model(path)):
+        what = "name the network in this file with --model" if is_file else "not a folder, a file or the timm name of a network"
+        raise models.ModelError(f"{path}: {what}")
+    model = args.model or path
     models.check_name(model)
-    section = _section(path, timm.get_pretrained_cfg(model).to_dict(), source)
-    yield path, models.build(model, classes=section.classes, size=section.size, checkpoint=path), section
+    wanted = _wanted(path, _prepared(timm.get_pretrained_cfg(model).to_dict()), None, args)
+    section = wanted[0][1]
+    if not args.model:
+        models.check_pretrained(model, classes=section.classes, size=section.size)
+    weights = dict(checkpoint=path) if args.model else dict(pretrained=True)
+    yield path, models.build(model, classes=section.classes, size=section.size, **weights), wanted
 
 
-def _section(path, config, source):
-    """What to read and how: the recipe of the run that `path` belongs to, or else the data set's columns and timm's config."""
-    run = path.parent.parent / "recipe.json"
-    if run.is_file():
-        section = recipe.load(run).data
-        return dataclasses.replace(section, source=source or section.source)
-    if source is None:
-        raise models.ModelError(f"{path}: no recipe.json beside it says which data to use: name it with --data")
-    size, crop_pct, interpolation = config["input_size"][-1], config["crop_pct"], config["interpolation"]
-    section = dict(source=source, streaming=False, size=size, crop_pct=crop_pct, interpolation=interpolation)
-    return types.SimpleNamespace(**section, **data.describe(source))
+def _students(folder):
+    """The exported students in a folder: the folder itself, or those of the runs below it."""
+    if (folder / "config.json").is_file():
+        return [folder]
+    found = sorted(config.parent for config in folder.glob("**/students/*/config.json"))
+    if not found:
+        raise models.ModelError(f"{folder}: no finished student in this folder (no config.json, no students/*/config.json)")
+    return found
+
+
+def _prepared(config):
+    """How timm's configuration of a network wants its images."""
+    keys = ("crop_pct", "interpolation")
+    return types.SimpleNamespace(size=config["input_size"][-1], **{key: config[key] for key in keys})
+
+
+def _wanted(name, prepared, own, args):
+    """[(results, TestData)]: the sets of --on, or the data of the network's own recipe, or --data."""
+    if args.on:
+        results, wanted = tuple(r for r in ("imagenet", "real") if r in args.on), []
+        if results:
+            wanted.append((results, _test_data(args.data or (own and own.source) or IMAGENET, prepared, 1000)))
+        if "v2" in args.on:
+            if not args.v2:
+                raise data.DataError(f"ImageNet-V2: name its folder (or its name on the hub) with --v2; it is at {V2}")
+            wanted.append((("v2",), _test_data(args.v2, prepared, 1000)))
+        return wanted
+    if own:
+        values = {field.name: getattr(own, field.name) for field in dataclasses.fields(TestData)}
+        section = TestData(**values | {"source": args.data or own.source})
+    elif args.data:
+        section = _test_data(args.data, prepared)
+    else:
+        raise models.ModelError(f"{name}: no recipe.json beside it says which data to use: name it with --data")
+    return [((section.source,), section)]
+
+
+def _test_data(source, prepared, classes=None):
+    columns = data.describe(source)
+    preprocessing = dict(size=prepared.size, crop_pct=prepared.crop_pct, interpolation=prepared.interpolation)
+    return TestData(**columns | preprocessing | {"source": source, "classes": classes or columns["classes"]})
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ Importing this file registers `cifar_resnet20` and its family with timm, so `tim
 num_classes=100)` and `timm.create_model("local-dir:EXPORTED", pretrained=True)` work beside timm's own.
 """
 
+import argparse
 import copy
 import difflib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import timm
@@ -148,27 +150,31 @@ def cifar_resnet32x4(pretrained=False, **kwargs):
 class Network(nn.Module):
     """A classifier that normalises its own input: images [B, 3, H, W] in [0, 1] -> logits [B, K].
 
-    A teacher and a student with different statistics then share one batch. The weights are those of `model` alone.
+    With `size` it resizes its input, too (antialiased, `interpolation` "bilinear" or "bicubic"). A teacher and a student
+    with different statistics or resolutions then share one batch. The weights are those of `model` alone.
     """
 
-    def __init__(self, model, mean, std):
+    def __init__(self, model, mean, std, size=None, interpolation="bicubic"):
         super().__init__()
-        self.model = model
+        self.model, self.size, self.interpolation = model, size, interpolation
         self.statistics = {"mean": tuple(mean), "std": tuple(std)}
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)  # convolutions are about 1.3 times faster, on CPU and on tensor cores
 
     def forward(self, images):
+        if self.size and images.shape[-1] != self.size:
+            images = nn.functional.interpolate(images, self.size, mode=self.interpolation, antialias=True).clamp(0, 1)
         images = (images - self.mean) / self.std
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
 
-def build(model, *, classes, size, model_args=None, pretrained=False, checkpoint=None, mean=None, std=None):
+def build(model, *, classes, size, model_args=None, pretrained=False, checkpoint=None, mean=None, std=None, resize=None):
     """A `Network` by timm name, with random weights, timm's pretrained ones or those of a file or exported folder.
 
-    `size`: pixels of the square images it will see. mean and std (per channel, for images in [0, 1]) default to timm's
-    configuration of the network. Raises ModelError: unknown name or argument, weights that do not fit, other class count.
+    `size`: pixels of the square images it will see; `resize`: pixels to which it resizes them, as its timm configuration
+    interpolates. mean and std (per channel, for images in [0, 1]) default to that configuration's. Raises ModelError:
+    unknown name or argument, weights that do not fit, other class count.
     """
     check_name(model)
     try:
@@ -178,9 +184,31 @@ def build(model, *, classes, size, model_args=None, pretrained=False, checkpoint
     if checkpoint is not None:
         load_weights(network, checkpoint)
     config = network.pretrained_cfg
-    network = Network(network, mean or config["mean"], std or config["std"])
+    network = Network(network, mean or config["mean"], std or config["std"], resize, config["interpolation"])
     _check_forward(network, model, classes, size)
     return network
+
+
+def check_pretrained(model, *, classes, size):
+    """Raise ModelError unless timm's weights of this name answer for `classes` classes and were trained at `size` pixels.
+
+    timm would give other classes a random head, and a network takes most sizes; both cost a teacher its accuracy only.
+    """
+    check_name(model)
+    known = timm.list_pretrained(model.split(".")[0] + ".*")
+    try:
+        config = timm.get_pretrained_cfg(model) if known else None
+    except RuntimeError:
+        config = None
+    if config is None:
+        raise ModelError(f"timm has no pretrained weights called {model!r} (it has: {', '.join(known) or 'none'})")
+    if config.num_classes != classes:
+        raise ModelError(f"{model} was trained for {config.num_classes} classes, the data has {classes}")
+    if config.input_size[-1] != size:
+        own = config.input_size[-1]
+        raise ModelError(
+            f"{model} was trained at {own} pixels and would see {size}: set teacher.size to {own} to resize for it"
+        )
 
 
 def check_name(model):
@@ -205,17 +233,22 @@ def _check_forward(network, name, classes, size):
 def load_weights(network, path):
     """Load a timm model strictly from a .safetensors or .pth file, or from an exported folder. Never unpickles objects.
 
-    Takes a bare state_dict or one under "model" or "state_dict", as RepDistiller, mdistiller and timm save them.
+    Takes a bare state_dict or one under "model" or "state_dict", as RepDistiller, mdistiller, vanillaKD and timm save
+    them, and the names of a model's authors where timm can translate them (facebook's ConvNeXtV2).
     """
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ModelError(f"checkpoint {file}: no such file")
     try:
-        state = load_state_dict(str(file), use_ema=False, weights_only=True)
-    except Exception as error:  # a torn zip, a bad header, a pickle with more than tensors: a dozen types
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py saves its arguments; they hold no code
+            state = load_state_dict(str(file), use_ema=False, weights_only=True)
+        own = network.state_dict()
+        translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+        if translate and state.keys() != own.keys():
+            state = translate(state, network)
+    except Exception as error:  # a torn zip, a bad header, a pickle with more than tensors, keys timm trips over: a dozen types
         raise ModelError(f"checkpoint {file}: cannot be loaded: {error!r}") from error
-    own = network.state_dict()
     problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     shapes = ((k, tuple(own[k].shape), tuple(getattr(state[k], "shape", ("not a tensor",)))) for k in own if k in state)
     problems += [f"{k} is {found}, expected {expected}" for k, expected, found in shapes if found != expected]

@@ -292,7 +292,9 @@ def _apply(tree, override):
     node = tree
     for part in [*parents, last]:
         if isinstance(node, list):
-            named = {item["name"]: i for i, item in enumerate(node) if isinstance(item, dict) and isinstance(item.get("name"), str)}
+            named = {
+                item["name"]: i for i, item in enumerate(node) if isinstance(item, dict) and isinstance(item.get("name"), str)
+            }
             if part not in named and not (part.isascii() and part.isdigit() and int(part) < len(node)):
                 return f"{part!r} is not {f'one of {list(named)}' if named else f'an index of a list of {len(node)}'}"
             part = named[part] if part in named else int(part)

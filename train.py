@@ -12,6 +12,7 @@ stopped and resumed is the uninterrupted run bit for bit, and a student learns t
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -33,6 +34,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
 
 import data
@@ -42,7 +44,7 @@ import recipe
 from evaluate import accuracy, table, to_float
 
 KEEP_CHECKPOINTS = 2
-BOARD = {"train": ("loss", "hard", "soft", "lr"), "test": ("top1", "top5")}  # TensorBoard's groups
+BOARD = {"train": ("loss", "hard", "soft", "lr"), "test": ("top1", "top5", "top1_ema", "top5_ema")}  # TensorBoard's groups
 
 
 class TrainingError(RuntimeError):
@@ -81,6 +83,7 @@ class Trainee:
     accelerator: Accelerator
     module: torch.nn.Module  # a prepared models.Distilled
     optimizer: torch.optim.Optimizer
+    ema: ModelEmaV3 | None
     sums: dict  # loss terms since the last log row, on the device: reading them is a synchronisation
     last: dict | None = None  # the newest scores, with their step
     best: dict | None = None
@@ -164,6 +167,8 @@ def learn(trainee, images, taught, target, lr, soft_weight):
             accelerator.clip_grad_norm_(trainee.module.parameters(), trainee.settings.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
+        if trainee.ema and accelerator.sync_gradients:
+            trainee.ema.update(trainee.net)
     for name, term in terms.items():
         trainee.sums[name] = trainee.sums.get(name, 0.0) + term.detach()
 
@@ -192,13 +197,22 @@ def log_losses(run):
 
 
 def log_accuracy(run):
-    """Evaluate every student, write a row, remember each one's last and best scores."""
+    """Evaluate every student (and its EMA) in one pass, write a row, remember each one's last and best scores."""
+    networks = [
+        (t, suffix, net) for t in run.trainees for suffix, net in (("", t.net), ("_ema", t.ema and t.ema.module)) if net
+    ]
+    for _, _, net in networks:
+        if run.lead.num_processes > 1:
+            distribute_bn(net, run.lead.num_processes, reduce=True)  # each process has seen other images
     row = {}
-    for trainee in run.trainees:
-        scores = accuracy(trainee.net, run.test_loader, run.lead, run.limit)
-        row |= {f"{metric}/{trainee.settings.name}": scores[metric] for metric in ("top1", "top5")}
-        trainee.last = {**scores, "step": run.step, "epoch": run.step / run.loader.steps_per_epoch}
-        if trainee.best is None or scores["top1"] > trainee.best["top1"]:
+    scores = accuracy([net for _, _, net in networks], run.test_loader, run.lead, run.limit)
+    for (trainee, suffix, _), found in zip(networks, scores, strict=True):
+        row |= {f"{metric}{suffix}/{trainee.settings.name}": found[metric] for metric in ("top1", "top5")}
+        if suffix:
+            trainee.last["ema"] = found
+            continue
+        trainee.last = {**found, "step": run.step, "epoch": run.step / run.loader.steps_per_epoch}
+        if trainee.best is None or found["top1"] > trainee.best["top1"]:
             trainee.best = trainee.last
     write_row(run, row)
 
@@ -238,6 +252,8 @@ def save(run):
         optimizer_tensors, optimizer_rest = split_optimizer_state(trainee.optimizer.state_dict())
         write_tensors(temporary / f"{name}.safetensors", module.state_dict())
         write_tensors(temporary / f"{name}.optimizer.safetensors", optimizer_tensors)
+        if trainee.ema:
+            write_tensors(temporary / f"{name}.ema.safetensors", trainee.ema.module.state_dict())
         state["students"][name] = {
             "optimizer": optimizer_rest,
             "scaler": trainee.accelerator.scaler.state_dict() if trainee.accelerator.scaler else None,
@@ -281,6 +297,8 @@ def restore(run):
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     # in the parameter's memory layout, as it was: LAMB's norms sum in that order, to the last bit
                     values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        if trainee.ema:
+            trainee.ema.module.load_state_dict(safetensors.torch.load_file(found[-1] / f"{name}.ema.safetensors"))
         if own["scaler"]:
             trainee.accelerator.scaler.load_state_dict(own["scaler"])
         trainee.sums = {term: torch.tensor(total, device=run.lead.device) for term, total in own["sums"].items()}
@@ -366,7 +384,9 @@ def make_run(settings, folder, teacher, options):
         accelerator = Accelerator(gradient_accumulation_steps=loader.accumulate, **tracked)
         module, optimizer = accelerator.prepare(*make_student(settings, student))
         module.train()
-        trainees.append(Trainee(student, accelerator, module, optimizer, {}))
+        net = accelerator.unwrap_model(module).net
+        ema = None if student.ema is None else ModelEmaV3(net, decay=student.ema)
+        trainees.append(Trainee(student, accelerator, module, optimizer, ema, {}))
     run = Run(settings, folder, lead, trainees, teacher, loader, test_loader, options.limit)
     restore(run)
     for name, accelerator in [("run", lead), *((t.settings.name, t.accelerator) for t in trainees)]:
@@ -383,10 +403,10 @@ def make_teacher(settings, path, out, options, accelerator):
         network, name = models.load_exported(exported)[0], str(exported)
     else:
         sources = dict(pretrained=wanted.pretrained, checkpoint=wanted.checkpoint, mean=wanted.mean, std=wanted.std)
-        shape = dict(classes=settings.data.classes, size=settings.data.size, model_args=wanted.model_args)
+        shape = dict(classes=settings.data.classes, size=settings.data.size, resize=wanted.size, model_args=wanted.model_args)
         network, name = models.build(wanted.model, **shape, **sources), wanted.checkpoint or wanted.model
     network = network.to(accelerator.device).eval().requires_grad_(False)
-    scores = accuracy(network, make_loaders(settings, options, accelerator)[1], accelerator, options.limit)
+    (scores,) = accuracy([network], make_loaders(settings, options, accelerator)[1], accelerator, options.limit)
     chance = 1 / settings.data.classes
     floor = 100 * (chance + 3 * math.sqrt(chance * (1 - chance) / scores["n"]))  # three standard deviations above guessing
     accelerator.print(f"teacher {name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['n']} images")
@@ -427,7 +447,7 @@ def differences(old, new, path=""):
 
 def write_result(run, teacher_scores):
     """Export the students and write result.json: the last evaluation is the result, the best one is only told."""
-    lead, names = run.lead, getattr(run.loader.rows.features[run.settings.data.label], "names", None)
+    lead, names = run.lead, run.loader.split.names
     if run.trainees[0].sums:
         log_losses(run)  # after the last checkpoint: the rows of a shortened interval are not those of a resumed run
     if run.trainees[0].last is None or run.trainees[0].last["step"] != run.step:
@@ -439,13 +459,10 @@ def write_result(run, teacher_scores):
         name, data_settings = trainee.settings.name, run.settings.data
         preprocessing = {k: getattr(data_settings, k) for k in ("size", "crop_pct", "interpolation")}
         (run.folder / "students").mkdir(exist_ok=True)
-        models.export(
-            trainee.net,
-            run.folder / "students" / name,
-            model_args=trainee.settings.model_args,
-            label_names=names,
-            **preprocessing,
-        )
+        for exported, net in ((name, trainee.net), (f"{name}-ema", trainee.ema and trainee.ema.module)):
+            if net:
+                folder = run.folder / "students" / exported
+                models.export(net, folder, model_args=trainee.settings.model_args, label_names=names, **preprocessing)
         students.append({"name": name, "parameters": count_parameters(trainee.net), "last": trainee.last, "best": trainee.best})
     result = {
         "seed": run.settings.seed,
@@ -524,8 +541,15 @@ def check(settings, path, options, accelerator):
     for student in settings.students:
         make_student(settings, student)
     make_loaders(settings, options, accelerator)
-    if settings.teacher and settings.teacher.recipe:
-        teacher_path = beside(path, settings.teacher.recipe)
+    wanted = settings.teacher
+    if wanted and wanted.pretrained:
+        models.check_pretrained(wanted.model, classes=settings.data.classes, size=wanted.size or settings.data.size)
+    if wanted and not (wanted.pretrained or wanted.checkpoint or wanted.recipe or options.limit):
+        raise recipe.RecipeError(
+            f"{path}: teacher: expected one of recipe, checkpoint, pretrained (untrained, it is good for a trial with --limit)"
+        )
+    if wanted and wanted.recipe:
+        teacher_path = beside(path, wanted.recipe)
         taught = load(teacher_path, [], dataclasses.replace(options, students=None))
         if len(taught.students) != 1 or taught.runs != 1 or taught.teacher:
             raise recipe.RecipeError(f"{path}: teacher.recipe: {teacher_path} must train one student, once, without a teacher")
@@ -601,20 +625,57 @@ def run_recipe(path, overrides, out, options):
 
 def describe(run):
     """The plan, before it costs a day."""
-    settings, loader = run.settings, run.loader
-    lines = [f"{run.folder}: {settings.epochs} epochs of {loader.steps_per_epoch} steps, {loader.size} images"]
-    lines[0] += (
-        f"; batch {settings.batch_size} = {loader.world} processes x {loader.per_process} x {loader.accumulate} accumulated"
-    )
+    settings, loader, kind = run.settings, run.loader, "streamed" if run.settings.data.streaming else "memory-mapped"
+    steps, repeats = run.stop, settings.data.repeats
+    lines = [
+        f"{run.folder}: {settings.epochs} epochs of {loader.steps_per_epoch} steps"
+        + (f", of which this run makes {run.stop} steps" if run.limit else "")
+        + (f"; resumed at step {run.step}" if run.step else ""),
+        f"  data: {loader.size:,} images of {settings.data.source}, {kind}; {steps * settings.batch_size:,} crops of "
+        f"{settings.data.size} pixels from {-(-steps * settings.batch_size // repeats):,} images read ({repeats} of each)",
+        f"  batch: {settings.batch_size} = {loader.world} processes x {loader.per_process} x {loader.accumulate} accumulated",
+    ]
+    fixed, kept = 0, 0
+    if run.teacher:
+        fixed += 4 * count_parameters(run.teacher)
+        size = run.teacher.size or settings.data.size
+        lines.append(
+            f"  teacher: {settings.teacher.model or 'its recipe'}, {count_parameters(run.teacher):,} parameters, {size} pixels"
+        )
     for t in run.trainees:
         soft = f" + {t.settings.soft.weight:g} {t.settings.soft.loss} {t.settings.soft.args}" if t.settings.soft else ""
         lines.append(
-            f"  {t.settings.name}: {t.settings.model}, {count_parameters(t.net):,} parameters, {t.settings.optimizer} "
-            f"lr {t.settings.lr:g}, {t.settings.hard.weight:g} {t.settings.hard.loss}{soft}"
+            f"  student {t.settings.name}: {t.settings.model}, {count_parameters(t.net):,} parameters, {t.settings.optimizer} "
+            f"lr {t.settings.lr:g}, weight decay {t.settings.weight_decay:g}, "
+            f"{t.settings.hard.weight:g} {t.settings.hard.loss}{soft}"
         )
-    if run.step:
-        lines.append(f"  resumed at step {run.step} of {run.stop}")
+        moments = 1 if isinstance(t.optimizer.optimizer, torch.optim.SGD) else 2
+        fixed += 4 * count_parameters(t.module) * (2 + moments + bool(t.ema))  # weights, gradients, moments, average
+        kept = max(kept, loader.per_process * activation_bytes(t.net, settings.data.size, t.accelerator))
+    lines.append(
+        f"  memory a process, about: {_gigabytes(fixed)} of weights, gradients and optimizer, "
+        f"{_gigabytes(kept)} of activations for {loader.per_process} images"
+    )
     run.lead.print("\n".join(lines))
+
+
+def activation_bytes(network, size, accelerator):
+    """Bytes that autograd keeps for the backward pass of one image (measured on two: BatchNorm wants more than one)."""
+    network, saved = copy.deepcopy(network).train(), {}  # a copy: the forward moves BatchNorm's statistics
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), accelerator.autocast():
+        logits = network(torch.zeros(2, 3, size, size, device=accelerator.device))  # its graph keeps what was saved alive
+    del logits
+    return sum(n for address, n in saved.items() if address not in weights) / 2
+
+
+def _gigabytes(n):
+    return f"{n / 1e9:.2f} GB"
 
 
 def summary(results):
@@ -623,7 +684,10 @@ def summary(results):
     if results[0]["teacher"]:
         rows.append(_row("teacher", [results[0]["teacher"]], results[0]["teacher"]["parameters"]))
     for i, student in enumerate(results[0]["students"]):
-        rows.append(_row(student["name"], [r["students"][i]["last"] for r in results], student["parameters"]))
+        scores = [r["students"][i]["last"] for r in results]
+        rows.append(_row(student["name"], scores, student["parameters"]))
+        if "ema" in scores[0]:
+            rows.append(_row(f"{student['name']}-ema", [s["ema"] for s in scores], student["parameters"]))
     return table(rows)
 
 

@@ -34,7 +34,7 @@ def loader(pixels, labels, batch_size):
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 100])
 def test_accuracy_equals_the_count_by_hand(batch_size):
     pixels, labels = [0, 1, 2, 9, 5, 5, 5], [0, 1, 3, 0, 5, 7, 8]  # right: 0, 1, 5; among 5: also 2->3 and 5->7
-    scores = evaluate.accuracy(Fixed(), loader(pixels, labels, batch_size), Accelerator())
+    (scores,) = evaluate.accuracy([Fixed()], loader(pixels, labels, batch_size), Accelerator())
     assert scores == {"top1": 42.8571, "top5": 71.4286, "n": 7}
 
 
@@ -42,15 +42,15 @@ def test_accuracy_leaves_the_network_as_it_was():
     network = models.build("cifar_resnet8", classes=10, size=8).train()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     settings = make_recipe().data
-    scores = evaluate.accuracy(network, data.test_loader(settings, batch_size=100), Accelerator())
+    (scores,) = evaluate.accuracy([network], data.test_loader(settings, batch_size=100), Accelerator())
     assert scores["n"] == 899 and network.training
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
-    assert evaluate.accuracy(network, data.test_loader(settings, batch_size=100), Accelerator(), limit=2)["n"] == 200
+    assert evaluate.accuracy([network], data.test_loader(settings, batch_size=100), Accelerator(), limit=2)[0]["n"] == 200
 
 
 def test_two_classes_have_a_top5_of_100():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    assert evaluate.accuracy(network, loader([0, 1, 2], [0, 1, 1], 2), Accelerator())["top5"] == 100
+    assert evaluate.accuracy([network], loader([0, 1, 2], [0, 1, 1], 2), Accelerator())[0]["top5"] == 100
 
 
 def test_table_aligns():
@@ -104,17 +104,19 @@ def test_command_line_on_a_checkpoint_file(run_folder, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nowhere"], "nowhere: name the network in this file with --model"),
+        (["nowhere"], "nowhere: not a folder, a file or the timm name of a network"),
+        (["a.pth"], "a.pth: name the network in this file with --model"),
         (["nowhere", "--model", "resnet1", "--data", "digits"], "timm has no model 'resnet1'"),
         (["nowhere", "--model", "cifar_resnet8", "--data", "digits"], "checkpoint nowhere: no such file"),
         (["nowhere", "--model", "cifar_resnet8"], "name it with --data"),
         (["nowhere", "--model", "cifar_resnet8", "--data", "/no/where"], "/no/where: not a folder"),
         (["."], "no finished student in this folder"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_bad_input_exits_with_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pth").touch()
     with pytest.raises(SystemExit) as caught:
         evaluate.main(arguments)
     assert caught.value.code == 2 and message in capsys.readouterr().err

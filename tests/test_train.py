@@ -193,7 +193,7 @@ def test_one_batch_can_be_learnt_by_heart(tmp_path, teacher_file):
     for student in settings.students:
         accelerator = train.Accelerator()
         module, optimizer = accelerator.prepare(*train.make_student(settings, student))
-        trainee = train.Trainee(student, accelerator, module.train(), optimizer, {})
+        trainee = train.Trainee(student, accelerator, module.train(), optimizer, None, {})
         for _ in range(300):
             trainee.sums = {}
             train.learn(trainee, images, logits, target, student.lr, train.soft_weight_at(0, student.soft))
