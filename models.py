@@ -311,6 +311,10 @@ class Distilled(nn.Module):
         super().__init__()
         self.net, self.hard, self.soft, self.hard_weight = net, hard, soft, hard_weight
 
+    def no_weight_decay(self):
+        """timm's optimizers ask this of the module that they get: position embeddings and class tokens do not decay."""
+        return {f"net.model.{name}" for name in getattr(self.net.model, "no_weight_decay", set)()}
+
     def forward(self, images, teacher_logits, target, soft_weight):
         """target [B] ids or [B, K] probabilities -> {"loss", "hard", "soft"}: float32 scalars, "loss" with a gradient."""
         logits = self.net(images)

@@ -295,7 +295,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path, capsys):
         (dict(students__0__hard__loss="crossentropy"), "unknown loss 'crossentropy', did you mean 'cross_entropy'?"),
         (dict(students__0__model_args={"width": 3}), "unexpected keyword argument 'width'"),
         (dict(data__source="/no/where"), "/no/where: not a folder"),
-        (dict(data__classes=7), "column 'label' has 10 classes, the recipe's data.classes is 7"),
+        (dict(data__classes=7), "10 classes found, the recipe's data.classes is 7"),
     ],
     ids=range(7),
 )
