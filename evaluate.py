@@ -225,17 +225,18 @@ def _networks(path, args):
             own = recipe.load(run).data if run.is_file() else None
             yield str(student), network, _wanted(student, own or _prepared(config), own, args)
         return
-    is_file = Path(path).is_file()
-    if not args.model and (is_file or not timm.is_model(path)):
-        what = "name the network in this file with --model" if is_file else "not a folder, a file or the timm name of a network"
+    is_tag = not Path(path).exists() and timm.is_model(path)
+    if not is_tag and not args.model:
+        what = "name the network in this file with --model" if Path(path).exists() else "not a folder, a file or a timm tag"
         raise models.ModelError(f"{path}: {what}")
-    model = args.model or path
+    model = path if is_tag else args.model
     models.check_name(model)
-    wanted = _wanted(path, _prepared(timm.get_pretrained_cfg(model).to_dict()), None, args)
+    config = models.pretrained_config(model) if is_tag else timm.get_pretrained_cfg(model).to_dict()
+    wanted = _wanted(path, _prepared(config), None, args)
     section = wanted[0][1]
-    if not args.model:
+    if is_tag:
         models.check_pretrained(model, classes=section.classes, size=section.size)
-    weights = dict(checkpoint=path) if args.model else dict(pretrained=True)
+    weights = dict(pretrained=True) if is_tag else dict(checkpoint=path)
     yield path, models.build(model, classes=section.classes, size=section.size, **weights), wanted
 
 

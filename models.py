@@ -180,7 +180,8 @@ def build(model, *, classes, size, model_args=None, pretrained=False, checkpoint
     try:
         network = timm.create_model(model, pretrained=pretrained, num_classes=classes, **(model_args or {}))
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise ModelError(f"model {model!r} cannot be built with {model_args or {}}: {error}") from error
+        hint = "; offline, give its weights as a file" if pretrained and isinstance(error, OSError) else ""
+        raise ModelError(f"model {model!r} cannot be built with {model_args or {}}: {error}{hint}") from error
     if checkpoint is not None:
         load_weights(network, checkpoint)
     config = network.pretrained_cfg
@@ -189,23 +190,29 @@ def build(model, *, classes, size, model_args=None, pretrained=False, checkpoint
     return network
 
 
+def pretrained_config(model):
+    """timm's configuration of the pretrained weights called `model` ("resnet50.a1_in1k"); ModelError naming those there are."""
+    check_name(model)
+    known = timm.list_pretrained(model.split(".")[0] + ".*")
+    try:
+        config = timm.get_pretrained_cfg(model) if known else None
+    except RuntimeError:  # an unknown tag
+        config = None
+    if config is None:
+        raise ModelError(f"timm has no pretrained weights called {model!r} (it has: {', '.join(known) or 'none'})")
+    return config.to_dict()
+
+
 def check_pretrained(model, *, classes, size):
     """Raise ModelError unless timm's weights of this name answer for `classes` classes and were trained at `size` pixels.
 
     timm would give other classes a random head, and a network takes most sizes; both cost a teacher its accuracy only.
     """
-    check_name(model)
-    known = timm.list_pretrained(model.split(".")[0] + ".*")
-    try:
-        config = timm.get_pretrained_cfg(model) if known else None
-    except RuntimeError:
-        config = None
-    if config is None:
-        raise ModelError(f"timm has no pretrained weights called {model!r} (it has: {', '.join(known) or 'none'})")
-    if config.num_classes != classes:
-        raise ModelError(f"{model} was trained for {config.num_classes} classes, the data has {classes}")
-    if config.input_size[-1] != size:
-        own = config.input_size[-1]
+    config = pretrained_config(model)
+    if config["num_classes"] != classes:
+        raise ModelError(f"{model} was trained for {config['num_classes']} classes, the data has {classes}")
+    own = config["input_size"][-1]
+    if own != size:
         raise ModelError(
             f"{model} was trained at {own} pixels and would see {size}: set teacher.size to {own} to resize for it"
         )

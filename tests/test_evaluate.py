@@ -104,7 +104,7 @@ def test_command_line_on_a_checkpoint_file(run_folder, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nowhere"], "nowhere: not a folder, a file or the timm name of a network"),
+        (["nowhere"], "nowhere: not a folder, a file or a timm tag"),
         (["a.pth"], "a.pth: name the network in this file with --model"),
         (["nowhere", "--model", "resnet1", "--data", "digits"], "timm has no model 'resnet1'"),
         (["nowhere", "--model", "cifar_resnet8", "--data", "digits"], "checkpoint nowhere: no such file"),

@@ -171,7 +171,9 @@ def test_repeats_are_dealt_out_as_timms_sampler_does(monkeypatch):
     alone = data.TrainLoader(section, seed=0, batch_size=64, batch_size_per_process=8)
     parts = list(data._Order(alone, 0, 1))  # one process accumulates what eight would see
     eight = [
-        next(iter(data._Order(data.TrainLoader(section, seed=0, batch_size=64, batch_size_per_process=8, rank=r, world=8), 0, 1)))
+        next(
+            iter(data._Order(data.TrainLoader(section, seed=0, batch_size=64, batch_size_per_process=8, rank=r, world=8), 0, 1))
+        )
         for r in range(8)
     ]
     assert parts == eight and all(len({row for _, _, row in part}) == 8 for part in parts)
@@ -214,7 +216,9 @@ def stream(source, batch_size=4, per_process=None, seed=0, rank=0, world=1, work
     settings |= dict(data__classes=62, data__train_size=62, data__size=8, data__crop=A2["data__crop"])
     section = make_recipe(batch_size=batch_size, batch_size_per_process=per_process or batch_size, **settings | changes).data
     place = dict(rank=rank, world=world, workers=workers)
-    return data.TrainLoader(section, seed=seed, batch_size=batch_size, batch_size_per_process=per_process or batch_size, **place)
+    return data.TrainLoader(
+        section, seed=seed, batch_size=batch_size, batch_size_per_process=per_process or batch_size, **place
+    )
 
 
 def served(loader, start=0, stop=None):
@@ -272,7 +276,9 @@ def test_a_webdataset_mirror(tmp_path):
         stream(folder, 8, 4, world=2, workers=2, **columns)
     with pytest.raises(data.DataError, match=r"no column 'image' \(columns: cls, jpg"):
         stream(folder, data__classes=1000)
-    section = types.SimpleNamespace(source=str(folder), size=8, crop_pct=1.0, interpolation="bicubic", **data.describe(str(folder)))
+    section = types.SimpleNamespace(
+        source=str(folder), size=8, crop_pct=1.0, interpolation="bicubic", **data.describe(str(folder))
+    )
     section.classes = 1000
     (batch,) = data.test_loader(section, batch_size=8, numbered=True)
     assert batch[1].tolist() == [7, 14, 21, 28, 35] and batch[2].tolist() == [1, 2, 3, 4, 5]
@@ -308,7 +314,7 @@ def test_class_ids():
     described = [imagenet.index_to_description(i) for i in range(1000)]
     assert data.class_ids("s", described, 1000) == list(range(1000))
     swapped = [described[1], described[0], *described[2:]]
-    with pytest.raises(data.DataError, match="class 0 is 'goldfish.*', ImageNet's is 'tench': not the order of the WNIDs"):
+    with pytest.raises(data.DataError, match=r"class 0 is 'goldfish.*', ImageNet's is 'tench': not the order of the WNIDs"):
         data.class_ids("s", swapped, 1000)
     with pytest.raises(data.DataError, match="class 'n00000000' is not one of ImageNet's 1,000"):
         data.class_ids("s", [WNIDS[0], "n00000000"], 1000)
@@ -335,7 +341,9 @@ def test_the_three_imagenet_sets(tmp_path, monkeypatch, capsys):
     """Known answers: a right one, a wrong one that ReaL accepts, one among the first five, an image without ReaL labels."""
     real = RealLabelsImagenet([f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 50_001)]).real_labels
     number = {name: int(name[-13:-5]) for name in real}
-    several = next(n for n, ids in real.items() if len(ids) > 1 and max(ids) < 240 and min(abs(ids[0] - i) for i in ids[1:]) > 5)
+    several = next(
+        n for n, ids in real.items() if len(ids) > 1 and max(ids) < 240 and min(abs(ids[0] - i) for i in ids[1:]) > 5
+    )
     single = next(n for n, ids in real.items() if len(ids) == 1 and 20 < ids[0] < 240 and n != several)
     without = next(n for n, ids in real.items() if not ids)
     a, b = real[several][:2]
@@ -457,7 +465,7 @@ def test_tags_bring_their_own_preprocessing(tag, mean, size, interpolation):
 def test_a_teacher_that_does_not_answer_for_the_data_is_refused():
     with pytest.raises(models.ModelError, match="was trained for 21841 classes, the data has 1000"):
         models.check_pretrained("beitv2_base_patch16_224.in1k_ft_in22k", classes=1000, size=224)
-    with pytest.raises(models.ModelError, match="was trained at 384 pixels and would see 224: set teacher.size to 384"):
+    with pytest.raises(models.ModelError, match=r"was trained at 384 pixels and would see 224: set teacher.size to 384"):
         models.check_pretrained("convnext_xlarge.fb_in22k_ft_in1k_384", classes=1000, size=224)
     with pytest.raises(models.ModelError, match=r"no pretrained weights called 'resnet50.a9_in1k' \(it has: resnet50.a1_in1k"):
         models.check_pretrained("resnet50.a9_in1k", classes=1000, size=224)
@@ -537,7 +545,9 @@ def test_the_plan_says_what_a_launch_will_cost(tmp_path, capsys):
     assert "data: 898 images of digits, memory-mapped; 64 crops of 8 pixels from 22 images read (3 of each)" in plan
     assert "batch: 32 = 1 processes x 16 x 2 accumulated" in plan
     assert "student alone: cifar_resnet8, 2,718 parameters, sgd lr 0.05, weight decay 0.0005, 1 cross_entropy" in plan
-    assert re.search(r"memory a process, about: 0.00 GB of weights, gradients and optimizer, 0.00 GB of activations for 16", plan)
+    assert re.search(
+        r"memory a process, about: 0.00 GB of weights, gradients and optimizer, 0.00 GB of activations for 16", plan
+    )
 
 
 def test_the_estimate_of_activations_is_what_autograd_keeps():
