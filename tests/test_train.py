@@ -411,7 +411,10 @@ def test_metrics_and_tensorboard_say_the_same(tmp_path, teacher_file):
     assert [e.value for e in rest] == pytest.approx([r["top1/kd"] for r in written if "top1/kd" in r])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.json")), ids=lambda p: p.stem)
+SMALL = [p for p in sorted((ROOT / "recipes").glob("*.json")) if not recipe.load(p).data.streaming]  # ImageNet's are not
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda p: p.stem)
 def test_every_recipe_runs_two_steps(path, tmp_path):
     """On generated images of the recipe's size, columns and class names; its teacher too."""
     settings = recipe.load(path)
@@ -445,51 +448,6 @@ def generated(folder, section):
         table = datasets.Dataset.from_dict({section.image: images, section.label: labels}, features=features)
         table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return folder
-
-
-def test_the_paper_cells_of_the_recipes():
-    """Each student that claims a cell of the paper carries that cell's number (results/paper.json)."""
-    paper = json.loads((ROOT / "results" / "paper.json").read_text())
-    cells = {cell["id"]: cell for cell in paper["cells"]}
-    claimed = set()
-    for path in sorted((ROOT / "recipes").glob("*cifar*.json")):
-        for student in recipe.load(path).students:
-            cell = cells[student.paper["cell"]]
-            assert (student.paper["table"], student.paper["top1"]) == (cell["table"], cell["value"])
-            assert cell["recipe"] == path.stem and cell["overrides"].get("method", student.name) == student.name
-            claimed.add(cell["id"])
-    runs = {c["id"] for c in cells.values() if c["table"] == "1b" and "recipe" in c}
-    assert claimed == runs
-
-
-def test_the_settings_of_the_cifar_recipes():
-    """Against results/paper.json, families cifar_prev and cifar_strong."""
-    families = json.loads((ROOT / "results" / "paper.json").read_text())["families"]
-    for path in sorted((ROOT / "recipes").glob("*cifar*.json")):
-        settings, previous = recipe.load(path), families["cifar_prev"]["params"]
-        strong = families["cifar_strong"]["params"] if path.stem.startswith("strong") else {}
-        wanted = previous | strong
-        assert settings.epochs == wanted["epochs"] and settings.batch_size == wanted["batch_size"]
-        assert list(settings.schedule.milestones) == wanted["milestones"] and settings.schedule.factor == wanted["gamma"]
-        section = settings.data
-        assert (section.rand_augment, section.mixup, section.cutmix) == tuple(
-            strong.get(k, d) for k, d in (("rand_augment", None), ("mixup", 0.0), ("cutmix", 0.0))
-        )
-        assert (section.crop.padding, section.hflip, section.size) == (4, 0.5, 32)
-        for student in settings.students:
-            assert (student.optimizer, student.optimizer_args) == ("sgd", {"momentum": 0.9, "nesterov": False})
-            assert (student.lr, student.weight_decay, student.decay_norm_and_bias) == (
-                wanted["lr"],
-                wanted["weight_decay"],
-                True,
-            )
-            if not student.soft:
-                continue
-            want, soft = wanted[student.name], student.soft
-            assert student.hard.weight == want["ce"] and soft.args["temperature"] == want["T"]
-            assert soft.weight == want.get("kl", want.get("w", 1)) and soft.warmup_epochs == want.get("warmup_epochs", 0)
-            if student.name == "dkd":
-                assert soft.args["beta"] == (2.0 if "res56" in path.stem else 8.0) and soft.args["alpha"] == 1.0
 
 
 def test_the_command_line_is_frozen(capsys):

@@ -1,0 +1,327 @@
+"""The recipes against the paper (results/paper.json): settings, claimed cells, and a command for every cell that is a run."""
+
+import csv
+import importlib.util
+import io
+import json
+import re
+import shlex
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+
+import losses
+import models  # noqa: F401  registers the CIFAR ResNets
+import recipe
+import train
+
+spec = importlib.util.spec_from_file_location("paper", ROOT / "tools" / "paper.py")
+paper = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(paper)
+
+PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
+LISTED = {r["stem"]: r for r in PAPER["recipes"] if r["family"] not in ("coco", "quoted")}
+RUNS = [
+    cell
+    for cell in PAPER["cells"]
+    if cell["table"] not in ("11", "fig1", "text")
+    and cell["kind"] in ("result", "reference", "not_reported")
+    and cell.get("recipe", "quoted_").split("_")[0] != "quoted"
+]
+HINTS = {"cc", "rkd", "crd", "reviewkd"}
+LABELS = {"cross_entropy": "ce", "binary_cross_entropy": "bce"}
+every_recipe = pytest.mark.parametrize("stem", LISTED)
+
+
+def load(stem):
+    return recipe.load(ROOT / "recipes" / f"{stem}.json")
+
+
+def said(cell):
+    """What a cell fixes of its run: as printed, or as its overrides resolve it."""
+    printed = {key: cell[key] for key in ("epochs", "lr", "weight_decay", "hard_label_loss") if key in cell}
+    if printed.get("epochs") == 90:  # disagreement prev_epochs
+        printed["epochs"] = 100
+    return printed | {key: value for key, value in cell["overrides"].items() if key != "method"}
+
+
+def done(settings, student):
+    label_loss = LABELS[student.hard.loss] if student.hard.weight else "none"
+    return dict(epochs=settings.epochs, lr=student.lr, weight_decay=student.weight_decay, hard_label_loss=label_loss)
+
+
+def test_the_files_are_those_of_the_list():
+    others = {"quickstart", "quickstart_teacher", "own_images", "own_images_teacher"}
+    assert {p.stem for p in (ROOT / "recipes").glob("*.json")} == set(LISTED) | others
+
+
+# ---------------------------------------------------------------- settings
+
+
+def family(stem):
+    params = PAPER["families"][LISTED[stem]["family"]]["params"]
+    return (PAPER["families"][params["like"]]["params"] if "like" in params else {}) | params
+
+
+@every_recipe
+def test_schedule_and_data(stem):
+    settings, want, kind = load(stem), family(stem), LISTED[stem]["family"]
+    section, cifar = settings.data, kind.startswith("cifar")
+    assert settings.seed == want.get("seed", 0) and settings.batch_size == want["batch_size"]
+    asked = {cell["overrides"]["epochs"] for cell in RUNS if cell["recipe"] == stem and "epochs" in cell["overrides"]}
+    assert settings.epochs == (want["epochs"] if want["epochs"] in asked or not asked else min(asked))
+    if "milestones" in want:
+        expected = recipe.Milestones(kind="milestones", milestones=tuple(want["milestones"]), factor=want["gamma"])
+    else:
+        warmup = {key: want[key] for key in ("warmup_epochs", "warmup_lr", "min_lr")}
+        expected = recipe.Cosine(kind="cosine", per="epoch", **warmup)
+    assert settings.schedule == expected
+    assert section.rand_augment == want.get("rand_augment") and section.hflip == 0.5
+    assert (section.mixup, section.cutmix) == (want.get("mixup", 0), want.get("cutmix", 0))
+    assert (section.repeats, section.random_erasing) == (want.get("repeated_aug", 1), want.get("random_erasing", 0))
+    if cifar:
+        assert section.crop == recipe.PadCrop(kind="pad", padding=4)
+        assert (section.classes, section.size, section.train_size, section.crop_pct) == (100, 32, 50000, 1.0)
+        return
+    crop = {"in1k_prev": "bilinear", "deit_scratch": "bicubic"}.get(kind, "random")
+    assert section.crop == recipe.ResizedCrop(kind="resized", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation=crop)
+    assert section.interpolation == ("bilinear" if kind == "in1k_prev" else "bicubic")
+    assert section.crop_pct == want.get("test_crop_pct", 0.875) and section.size == want.get("train_resolution", 224)
+    assert (section.classes, section.train_size, section.streaming, section.drop_last) == (1000, 1281167, True, True)
+    assert settings.batch_size == 8 * settings.batch_size_per_process  # the paper's 8 GPUs: what dist sees
+
+
+@every_recipe
+def test_students_and_teacher(stem):
+    settings, want, listed = load(stem), family(stem), LISTED[stem]
+    teacher, cifar = settings.teacher, listed["family"].startswith("cifar")
+    if listed["teacher"] is None:
+        assert teacher is None
+    elif cifar:
+        assert load(teacher.recipe.removesuffix(".json")).students[0].model == listed["teacher"]
+    else:
+        assert teacher == recipe.Teacher(model=listed["teacher"], pretrained=True)
+    for student in settings.students:
+        own_recipe = listed["family"] == "in1k_prev" and student.name == "dist"  # DIST's own differs from mdistiller's
+        momentum = {"momentum": want.get("momentum"), "nesterov": own_recipe} if want["optimizer"] == "sgd" else {}
+        lr = 5e-4 * want["batch_size"] / 512 if want["lr"] == "5e-4*bs/512" else want["lr"]
+        drop_path = {"drop_path_rate": want["drop_path"]} if "drop_path" in want else {}
+        assert (student.model, student.model_args, student.pretrained) == (listed["student"], drop_path, False)
+        assert (student.optimizer, student.optimizer_args) == (want["optimizer"], momentum)
+        assert (student.lr, student.weight_decay, student.clip_grad, student.ema) == (lr, want["weight_decay"], None, None)
+        assert student.decay_norm_and_bias == (want["optimizer"] == "sgd" and not own_recipe)
+        hard_weight, soft = terms(stem, student.name, want)
+        label_loss = "ce" if student.name in HINTS else want["hard_label_loss"]
+        assert LABELS[student.hard.loss] == label_loss
+        assert (student.hard.weight, student.hard.smoothing) == (hard_weight, want.get("label_smoothing", 0))
+        if student.name not in HINTS:  # their hyper-parameters are held in test_losses.py
+            assert student.soft == soft
+
+
+def terms(stem, name, want):
+    """(weight of the label term, distillation term) as a family writes them."""
+    if name == "scratch" or name in HINTS:
+        return 1.0, None
+    own = want.get(name)
+    if not isinstance(own, dict):  # A1 and A2: vanillaKD's defaults
+        args = {"kd": {}, "dkd": dict(zip(("alpha", "beta"), want["dkd"], strict=True)), "bkl": {"reduction": "mean"}}
+        args["dist"] = dict(zip(("beta", "gamma"), want["dist"], strict=True))
+        temperature = {} if name == "bkl" else {"temperature": want["temperature"]}
+        term = recipe.Soft(loss=name, weight=want["kd_weight"], warmup_epochs=0, args=args[name] | temperature)
+        return want["hard_label_weight"], term
+    args = {"temperature": own["T"]}
+    if name == "dkd":
+        pair = {"res20_res56": "res56-res20", "res8x4_res32x4": "res32x4-res8x4", "res18_res34": "R34-R18"}
+        pair = pair.get("_".join(stem.split("_")[-2:]), "R50-MBV1")
+        args |= {"alpha": own["alpha"], "beta": float(re.search(rf"([\d.]+) \({pair}\)", own["beta"])[1])}
+    elif name == "dist":
+        args |= {"beta": 1.0, "gamma": 1.0}
+    weight = own.get("kl", own.get("w", 1))
+    return own["ce"], recipe.Soft(loss=name, weight=weight, warmup_epochs=own.get("warmup_epochs", 0), args=args)
+
+
+@pytest.mark.parametrize("stem", [stem for stem, r in LISTED.items() if r["family"] in ("A1", "A2")])
+def test_table_2(stem):
+    """Its cells, as printed, against the files; `amp` belongs to `accelerate launch`."""
+    settings = load(stem)
+    section, schedule = settings.data, settings.schedule
+    for student in settings.students:
+        ours = {
+            "teacher_resolution": (settings.teacher and settings.teacher.size) or section.size,
+            "student_resolution": section.size,
+            "batch_size": settings.batch_size,
+            "optimizer": student.optimizer,
+            "lr": student.lr,
+            "lr_decay": schedule.kind,
+            "warmup_epochs": schedule.warmup_epochs,
+            "amp": True,
+            "ema": student.ema is not None,
+            "label_loss": "bce" if student.name in HINTS else LABELS[student.hard.loss],  # disagreement hint_label_loss
+            "weight_decay": student.weight_decay,
+            "label_smoothing": student.hard.smoothing,
+            "drop_path": student.model_args["drop_path_rate"],
+            "repeated_aug": section.repeats,
+            "hflip": section.hflip == 0.5,
+            "random_resized_crop": section.crop.kind == "resized",
+            "rand_augment": section.rand_augment.removeprefix("rand-m").replace("-mstd", "/"),
+            "mixup_alpha": section.mixup,
+            "cutmix_alpha": section.cutmix,
+        }
+        strategies = ("common", LISTED[stem]["strategy"])
+        printed = {c["metric"]: c["value"] for c in PAPER["cells"] if c["table"] == "2" and c["strategy"] in strategies}
+        assert ours == printed
+
+
+def test_networks_losses_and_optimizers_exist():
+    pretrained, built = set(timm.list_pretrained()), set()
+    for settings in map(load, LISTED):
+        if settings.teacher and settings.teacher.pretrained:
+            config = timm.get_pretrained_cfg(settings.teacher.model)
+            assert settings.teacher.model in pretrained
+            assert (config.num_classes, config.input_size[-1]) == (settings.data.classes, settings.data.size)
+        for student in settings.students:
+            losses.make_loss(student.hard.loss, losses.LABEL_LOSSES, smoothing=student.hard.smoothing)
+            if student.soft:
+                losses.make_loss(student.soft.loss, **student.soft.args)
+            timm.optim.get_optimizer_class(student.optimizer)
+            if (key := (student.model, *student.model_args.items())) not in built:
+                built.add(key)
+                with torch.device("meta"):
+                    timm.create_model(student.model, num_classes=settings.data.classes, **student.model_args)
+    tags = [
+        shlex.split(paper.command(cell))[2] for cell in paper.cells() if paper.command(cell).startswith("python evaluate.py")
+    ]
+    assert len(tags) == 11 and set(tags) <= pretrained
+
+
+# ---------------------------------------------------------------- cells
+
+
+@every_recipe
+def test_the_cells_a_file_reaches_as_it_stands(stem):
+    settings = load(stem)
+    for student in settings.students:
+        own = [c for c in RUNS if c["recipe"] == stem and c.get("method", "scratch") == student.name and "value" in c]
+        reached = {c["id"]: c["value"] for c in own if said(c).items() <= done(settings, student).items()}
+        assert (student.paper or {}) == reached
+    claimed = [cell for student in settings.students for cell in student.paper or ()]
+    assert claimed, f"{stem} reaches no cell of the paper as it stands"
+
+
+@every_recipe
+def test_the_about_names_the_tables(stem):
+    named = re.match(r"Paper Tables? ([0-9ab, and]+)", load(stem).about)[1]
+    covered = {key.split()[0] for key in LISTED[stem]["covers"] if not key.startswith("fig")}
+    assert set(re.findall(r"\d+[ab]?", named)) == covered
+
+
+def test_every_cell_that_is_a_run_has_its_command(monkeypatch):
+    """The command, through train.py's own parser, gives the settings that the cell says."""
+    monkeypatch.chdir(ROOT)
+    parsed, folders = [], {}
+    monkeypatch.setattr(train, "run_recipe", lambda *arguments: parsed.append(arguments))
+    for cell in RUNS:
+        training, *evaluation = paper.command(cell).split(" && ")
+        if training.startswith("not trainable yet"):
+            waits_for_loss = cell["method"] in HINTS and cell["method"] not in losses.LOSSES
+            assert waits_for_loss or cell["kind"] == "not_reported", cell["id"]
+            continue
+        launcher, arguments = training.split(" train.py ")
+        assert launcher == "accelerate launch"
+        train.main(shlex.split(arguments))
+        path, overrides, out, options = parsed.pop()
+        settings = train.load(path, overrides, options)
+        (student,) = settings.students
+        assert path.stem == cell["recipe"] and options.resume and not options.limit
+        assert said(cell).items() <= done(settings, student).items(), cell["id"]
+        assert student.name == cell.get("method", "scratch")
+        assert student.soft is None if student.name == "scratch" else student.soft.loss == student.name
+        assert student.model == cell.get("student", cell.get("teacher"))
+        on = {"imagenet-real": " --on real", "imagenet-v2": " --on v2 --v2 DIR"}.get(cell["dataset"])
+        assert evaluation == ([f"python evaluate.py {out}{on}"] if on else [])
+        assert folders.setdefault(out, settings) == settings  # a folder is one run
+    assert len(folders) == len({recipe.dump(settings) for settings in folders.values()})  # and a run one folder
+
+
+# ---------------------------------------------------------------- tools/paper.py
+
+
+def show(capsys, *arguments):
+    paper.main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def table(capsys, *arguments):
+    return {row["cell"]: row for row in csv.DictReader(io.StringIO(show(capsys, *arguments, "--csv")))}
+
+
+def test_a_table(capsys):
+    text = show(capsys, "3")
+    name, out = "t3.a1.res152.kd.1200.real", "runs/a1_res50_res152.kd.epochs-1200"
+    line = f"| {name} | resnet50 | resnet152.a1h_in1k | kd | 1200 | 0.005 | 0.01 | bce | imagenet-real | 86.86 | not run | "
+    line += "`accelerate launch train.py recipes/a1_res50_res152.json --students kd --set epochs=1200 "
+    line += f"--out {out} --resume && python evaluate.py {out} --on real` |"
+    assert line in text.splitlines()
+    assert "- hint_label_loss (" in text and "- bkl (" not in text
+    assert "| t2.a2.rand_augment | rand_augment | 7/0.5 |" in show(capsys, "2")
+
+
+def test_all_tables(capsys):
+    rows = table(capsys, "all")
+    assert list(rows) == [cell["id"] for cell in PAPER["cells"] if cell["table"] not in ("11", "fig1", "text")]
+    assert rows["t8.vitt.300"]["paper"] == "-" and "--set epochs=300" in rows["t8.vitt.300"]["command"]
+    without = {c["kind"] for c in PAPER["cells"] if c["id"] in rows and not rows[c["id"]]["command"]}
+    assert without == {"setting", "hours", "delta", "not_reported"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["11"], "invalid choice: '11' (choose from"), (["3", "--results", "no"], "no such")]
+)
+def test_bad_input(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        paper.main(arguments)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def record(stem, top1, seed=0, overrides=(), **more):
+    """What train.py's write_result leaves of a run."""
+    settings = json.loads(recipe.dump(recipe.load(ROOT / "recipes" / f"{stem}.json", [f"seed={seed}", *overrides])))
+    students = [{"name": s["name"], "last": {"top1": top1 + i}} for i, s in enumerate(settings["students"])]
+    return {"seed": seed, "limit": None, "recipe": settings, "students": students} | more
+
+
+def test_our_numbers_are_found_by_their_settings(tmp_path, capsys):
+    stem = "prev_cifar_res20_res56"
+    published = 'teacher={"model": "cifar_resnet56", "checkpoint": "resnet56_vanilla/ckpt_epoch_240.pth"}'
+    old, elsewhere = record(stem, 71.0, 1), ["data.source=/data/cifar", "log_every=7", published]
+    for key in ("repeats", "random_erasing"):  # as recipes were before these keys
+        del old["recipe"]["data"][key]
+    for student in old["recipe"]["students"]:
+        del student["ema"]
+    runs = [record(stem, 70.0, overrides=elsewhere), old]
+    runs.append(record(stem, 1.0, limit=5))
+    for change in ("epochs=241", "students.kd.lr=0.1", published.replace("resnet56", "resnet110")):
+        runs.append(record(stem, 2.0, overrides=[change]))
+    (tmp_path / "cifar.json").write_text(
+        json.dumps({"note": "two seeds of the cell, and four runs that are not", "runs": runs})
+    )
+    rows = table(capsys, "1b", "--results", tmp_path)
+    kd = rows["t1b.res56-res20.kd.previous"]
+    assert (kd["ours"], kd["±"], kd["seeds"], kd["difference"]) == ("70.50", "0.71", "2", "-0.16")
+    assert rows["t1b.res56-res20.dkd.previous"]["seeds"] == "3"  # the run with another lr for kd is one for dkd
+    assert rows["t1b.res56-res20.kd.stronger"]["ours"] == "not run"
+
+
+def test_our_numbers_on_other_test_sets(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    run = record("a2_res50_res152", 80.0, evaluations=[{"student": "kd", "data": "real", "top1": 86.5}])
+    (tmp_path / "run" / "result.json").write_text(json.dumps(run))
+    rows = table(capsys, "3", "--results", tmp_path)
+    assert [rows[f"t3.a2.res152.kd.300.{on}"]["ours"] for on in ("1k", "real", "v2")] == ["80.00", "86.50", "not run"]
+
+
+def test_a_shortened_run_is_no_result_of_the_paper(capsys):
+    """results/cifar100_reduced.json has the paper's students at 3 epochs."""
+    assert {row["ours"] for row in table(capsys, "1b").values()} == {"not run", ""}
