@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT, STUDENT, distilled, make_recipe, tree, write
+from conftest import ROOT, SHARED, STUDENT, distilled, make_recipe, needs_imagenet, tree, write
 from timm.scheduler import CosineLRScheduler
 
 import models
@@ -430,6 +430,28 @@ def test_every_recipe_runs_two_steps(path, tmp_path):
     result = run(path, tmp_path / "out", "--data", source, *arguments, *(["runs=1"] if settings.runs > 1 else []))
     assert result["steps"] == 2 and len(result["students"]) == len(settings.students)
     assert all(line["loss/" + s.name] > 0 for line in rows(tmp_path / "out")[:1] for s in settings.students)
+
+
+IMAGENET = sorted(
+    p for p in (ROOT / "recipes").glob("*.json") if json.loads(p.read_text())["data"]["source"].startswith("ILSVRC")
+)
+
+
+@pytest.mark.slow
+@needs_imagenet
+@pytest.mark.parametrize("path", IMAGENET, ids=lambda p: p.stem)
+def test_every_imagenet_recipe_runs_a_step_with_its_own_networks(path, tmp_path):
+    """The whole path on real JPEGs: stream, repeated augmentation, mixing, the untrained teacher, one step, evaluation."""
+    settings = recipe.load(path)
+    small = ["batch_size=4", "batch_size_per_process=4", "data.train_size=200"]
+    small += ["teacher.pretrained=false"] if settings.teacher else []
+    result = run(path, tmp_path / "out", "--data", SHARED / "imagenet_sample", "--limit", 1, "--set", *small)
+    assert result["steps"] == 1 and [s["name"] for s in result["students"]] == [s.name for s in settings.students]
+    assert all(s["last"]["n"] == 4 for s in result["students"])
+    (losses_, scores) = rows(tmp_path / "out")
+    assert all(0 < losses_[f"loss/{s.name}"] < 20 and 0 <= scores[f"top5/{s.name}"] <= 100 for s in settings.students)
+    state = train.checkpoints(tmp_path / "out")[-1]
+    assert all((state / f"{s.name}.safetensors").exists() for s in settings.students)
 
 
 def generated(folder, section):
