@@ -138,7 +138,7 @@ def _shard_lengths(split):
     """Images in each shard of a streamed split, where that can be known without reading it; else None (tar files)."""
     if not split.files:  # digits
         return [sum(1 for _ in split.rows.shard(split.rows.num_shards, i)) for i in range(split.rows.num_shards)]
-    if not all(file.endswith(".parquet") for file in split.files):
+    if len(split.files) != split.rows.num_shards or not all(file.endswith(".parquet") for file in split.files):
         return None
     with ThreadPoolExecutor(16) as pool:  # on the hub each footer is a request
         return list(pool.map(_rows_of_parquet, split.files))
@@ -325,6 +325,13 @@ class TrainLoader:
         if lengths is None and shards < readers:
             raise DataError(f"{source}: {shards} shards cannot feed {readers} readers: fewer processes or --workers")
         return lengths
+
+    def labels(self):
+        """Class id of every training image by its index, int64 [size]; None for a stream, which has neither beforehand."""
+        if self.data.streaming:
+            return None
+        labels = torch.as_tensor(self.split.rows.with_format("numpy", columns=[self.data.label])[:][self.data.label])
+        return labels if self.split.ids is None else torch.tensor(self.split.ids)[labels]
 
     def batches(self, start, stop):
         """Batches of steps start..stop-1: `accumulate` for each step. One set of worker processes serves them all."""

@@ -7,7 +7,16 @@ Distillation losses on logits share one contract, `f(student_logits, teacher_log
     returns                          a scalar; float32 arithmetic whatever the input (float64 stays float64),
                                      gradients in the dtype of `student_logits`
 
-Label losses are `f(logits, target, *, smoothing=0.0)`. Bad shapes raise ValueError naming the shapes.
+Label losses are `f(logits, target, *, smoothing=0.0)`. Distillation losses on features are modules, as most train something,
+made by `Loss(student_shapes, teacher_shapes, labels=None, *, hyper=default)` and called by
+`loss(student_features, teacher_features, target, index)`:
+
+    shapes                           per-image shapes from shallow to deep, found by a dry forward, the pooled one last:
+                                     [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (2048,)]
+    features                         tensors [B, *shape] in that order; dtypes and teacher as above, autocast is off inside
+    labels, index                    class id of every training image [n_data], and which of them the batch holds [B]
+
+Their parameters are trained with the student and are no part of it. Bad shapes raise ValueError naming the shapes.
 
 Reductions differ between the repositories these numbers are compared with; changing one silently changes a recipe:
 
@@ -19,15 +28,24 @@ Reductions differ between the repositories these numbers are compared with; chan
     cross_entropy          sum       mean    1        everyone
     binary_cross_entropy   mean      mean    1        timm BinaryCrossEntropy, as vanillaKD uses it
 
+    loss      reduction                                                as in
+    cc        sum over D, mean over the B - 1 neighbours in the batch  RepDistiller; vanillaKD multiplies it by 0.02
+    rkd       mean over B^2 pairs and B^3 triples, i = j included      vanillaKD, mdistiller, RepDistiller
+    crd       sum over the negatives, mean over B                      vanillaKD, mdistiller, RepDistiller
+    reviewkd  mean over B, C and places; sum over the levels           vanillaKD, mdistiller, ReviewKD
+
 Paper: Hao et al., "Revisit the Power of Vanilla Knowledge Distillation", NeurIPS 2023. Reference code: Hao840/vanillaKD.
 """
 
 import difflib
 import functools
 import inspect
+import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------- distillation losses on logits
 
@@ -120,6 +138,272 @@ def bkl(student_logits, teacher_logits, target=None, *, reduction="mean"):
     return (cross - entropy).sum(dim=1).mean()
 
 
+# ---------------------------------------------------------------- distillation losses on features
+
+
+class CC(nn.Module):
+    """Correlation congruence (Peng et al., ICCV 2019) as RepDistiller had it from its authors, not the paper's kernels.
+
+    e = W f + b for the pooled features of either side, d = |e_s - e_t| [B, D]: mean over n < B of <d_n, d_{n+1}>.
+    It depends on the order of the batch; and as both embeddings are trained, they can lower it without the student.
+    vanillaKD's class multiplies it by 0.02, RepDistiller leaves that to `-b 0.02`: here it is the recipe's weight.
+    Parameters: `embed_student`, `embed_teacher`; vanillaKD's `embed_s.linear`, `embed_t.linear`. Raises ValueError at B = 1.
+    """
+
+    def __init__(self, student_shapes, teacher_shapes, labels=None, *, dim=128):
+        super().__init__()
+        self.shapes = _shapes(student_shapes, teacher_shapes, 1)
+        self.embed_student, self.embed_teacher = (nn.Linear(math.prod(shape), dim) for (shape,) in self.shapes)
+
+    def forward(self, student_features, teacher_features, target=None, index=None):
+        student, teacher = _pooled(student_features, teacher_features, self.shapes, least=2)
+        with torch.autocast(student.device.type, enabled=False):
+            apart = (self.embed_student(student) - self.embed_teacher(teacher)).abs()
+            return (apart[:-1] * apart[1:]).sum(dim=1).mean()
+
+
+class RKD(nn.Module):
+    """Relational knowledge distillation (Park et al., CVPR 2019) on the pooled features [B, D]; nothing to train.
+
+    distance * L(d_ij / mean d) + angle * L(cos_ijk): d_ij = |f_i - f_j|, cos_ijk the angle at i between j and k, L smooth L1
+    between student and teacher, mean over all B^2 pairs and B^3 triples. `squared` takes d^2 for d in the first term.
+    Blind to moving, scaling and rotating the features, and to the order of the batch. Raises ValueError at B = 1.
+    Reference: vanillaKD losses/rkd.py, mdistiller RKD.py; both build [B, B, D] tensors, 4 x 512 MB at B = 256, D = 2048.
+    """
+
+    block = 2**20  # cosines held at a time: 4 MB, which a CPU caches; all of B^3 would be 64 MB at B = 256, 4 GB at B = 1024
+
+    def __init__(self, student_shapes, teacher_shapes, labels=None, *, distance=25.0, angle=50.0, squared=False):
+        super().__init__()
+        self.shapes = _shapes(student_shapes, teacher_shapes, 1)
+        self.distance, self.angle, self.squared = distance, angle, squared
+
+    def forward(self, student_features, teacher_features, target=None, index=None):
+        student, teacher = _pooled(student_features, teacher_features, self.shapes, least=2)
+        with torch.autocast(student.device.type, enabled=False):
+            squares = [_square_distances(x) for x in (student, teacher)]
+            roots = [_root(x) for x in squares]
+            loss = self.distance * F.smooth_l1_loss(*(_relative(x**2 if self.squared else x) for x in roots))
+            if self.angle:
+                # The law of cosines gives every angle from the distances alone. Sides of no length get no angle, and with it
+                # no gradient: the references divide by 1e-12 there, a gradient of 4e10 for two equal student rows.
+                halves = [(0.5**0.5 / root).masked_fill(square == 0, 0.0) for root, square in zip(roots, squares, strict=True)]
+                step = max(1, self.block // len(student) ** 2)
+                for rows in (slice(i, i + step) for i in range(0, len(student), step)):
+                    # recomputed in backward: autograd would keep all B^3 cosines until then
+                    gap = checkpoint(_angle_gap, rows, *squares, *halves, use_reentrant=False, preserve_rng_state=False)
+                    loss = loss + self.angle * gap / len(student) ** 3
+            return loss
+
+
+def _square_distances(x):
+    """Rows x [B, D] -> squared distances [B, B] from the Gram matrix; 0 for rows that are equal within rounding."""
+    x = x - x.detach().mean(dim=0)  # a common offset has no part in a distance, but would take the digits of the products
+    gram = x @ x.T
+    total = gram.diagonal()[:, None] + gram.diagonal()
+    square = total - 2 * gram
+    rounding = 16 * torch.finfo(x.dtype).eps * total.detach()
+    return square.masked_fill(square <= rounding, 0.0)
+
+
+def _root(square):
+    """Squared distances -> distances, at least 1e-6 as in the references; no gradient where the rows are equal."""
+    return square.clamp_min(1e-12).sqrt()
+
+
+def _relative(distances):
+    """[B, B] distances divided by the mean of those off the diagonal, with a diagonal of 0."""
+    distances = distances - distances.diag().diag()
+    return distances / (distances.sum() / (len(distances) * (len(distances) - 1)))
+
+
+def _angle_gap(rows, *sides):
+    """Sum of smooth L1 between the cosines of student and teacher at the corners `rows`, [len(rows), B, B] each."""
+
+    def cosines(square, half):
+        numerator = square[rows, :, None] + square[rows, None, :] - square
+        return numerator * (half[rows, :, None] * half[rows, None, :])
+
+    square_student, square_teacher, half_student, half_teacher = sides
+    return F.smooth_l1_loss(cosines(square_student, half_student), cosines(square_teacher, half_teacher), reduction="sum")
+
+
+class CRD(nn.Module):
+    """Contrastive representation distillation (Tian et al., ICLR 2020) on the pooled features.
+
+    v = W f + b at length 1; two banks hold a running v of every training image. Over the image itself (j = 0) and K
+    `negatives` of other classes, for the student (and likewise for the teacher, with the banks exchanged),
+        x_j = exp(<v_student, bank_teacher[j]> / temperature) / z,    c = K / n_data
+        -mean_B [log x_0 / (x_0 + c) + sum_{j>0} log c / (x_j + c)]
+    and then bank[i] = unit(momentum * bank[i] + (1 - momentum) * v_i). z is the mean of n_data * exp over the first batch.
+    Reference: RepDistiller crd/, vanillaKD losses/crd.py (its images bring their negatives from a table of 5 GB).
+
+    labels [n_data] class ids, in the order of the ids that forward gets as `index` [B]; ValueError without them.
+    Parameters: `embed_student`, `embed_teacher`, vanillaKD's `embed_s.linear`, `embed_t.linear`; buffers `bank_student`,
+    `bank_teacher` [n_data, dim], vanillaKD's `contrast.memory_v1`, `contrast.memory_v2`, and `z` [2], 0 until it is set,
+    its `contrast.params[2:4]`. Memory: `bank_bytes`; for the length of a step also the banks before it and one [B, n_data].
+    """
+
+    gather = staticmethod(lambda tensor: tensor)  # train.py sets it to accelerator.gather: [B, ...] -> that of all processes
+
+    def __init__(
+        self, student_shapes, teacher_shapes, labels=None, *, dim=128, negatives=16384, temperature=0.07, momentum=0.5
+    ):
+        super().__init__()
+        self.shapes = _shapes(student_shapes, teacher_shapes, 1)
+        if labels is None:
+            raise ValueError(
+                "crd draws negatives by class from a bank with a row for every training image: it needs the labels of all "
+                "images, in the order of their ids. A stream has neither: use data that is read by index (streaming: false)"
+            )
+        if labels.ndim != 1 or labels.is_floating_point() or labels.numel() == 0 or labels.min() < 0:
+            raise ValueError(f"labels must be class ids [n_data] from 0, got {labels.dtype} of shape {tuple(labels.shape)}")
+        labels = labels.long()
+        counts = labels.bincount()
+        if counts.max() == len(labels):
+            raise ValueError(f"crd draws negatives from other classes, but all {len(labels)} labels are {labels[0].item()}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
+        self.embed_student, self.embed_teacher = (nn.Linear(math.prod(shape), dim) for (shape,) in self.shapes)
+
+        generator = torch.Generator().manual_seed(0)  # every process starts from the same banks, whatever it drew before
+        for name in ("bank_student", "bank_teacher"):
+            self.register_buffer(name, (2 * torch.rand(len(labels), dim, generator=generator) - 1) * (3 / dim) ** 0.5)
+        self.register_buffer("z", torch.zeros(2))
+        # ids sorted by class: a class is one block, so a draw from the others is a draw from the rest that jumps over it
+        self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
+        self.register_buffer("own_size", counts[labels], persistent=False)
+        self.register_buffer("own_start", (counts.cumsum(0) - counts)[labels], persistent=False)
+
+    @staticmethod
+    def bank_bytes(n_data, dim=128):
+        """Memory of the two banks in bytes: 1.31 GB for the 1,281,167 images of ImageNet, in every process."""
+        return 2 * n_data * dim * 4
+
+    def forward(self, student_features, teacher_features, target=None, index=None):
+        student, teacher = _pooled(student_features, teacher_features, self.shapes)
+        if index is None or index.shape != student.shape[:1]:
+            found = None if index is None else tuple(index.shape)
+            raise ValueError(f"crd needs index [B], the ids of the images of features {tuple(student.shape)}, got {found}")
+        with torch.autocast(student.device.type, enabled=False):
+            v_student, v_teacher = _unit(self.embed_student(student)), _unit(self.embed_teacher(teacher))
+            return self.contrast(v_student, v_teacher, index, self.sample(index))
+
+    def sample(self, index):
+        """index [B] -> ids [B, 1 + negatives]: its own, then a uniform draw with replacement from those of other classes."""
+        size, start = self.own_size[index, None], self.own_start[index, None]
+        # integers: a float32 draw has 2^24 values, which 1.2 million ids cannot share evenly
+        place = torch.randint(2**62, (len(index), self.negatives), device=index.device) % (len(self.by_class) - size)
+        return torch.cat([index[:, None], self.by_class[place + size * (place >= start)]], dim=1)
+
+    def contrast(self, v_student, v_teacher, index, sampled):
+        """Loss of unit rows v [B, D] against the bank rows of `sampled` [B, 1 + K], the positive first; updates the banks."""
+        # Scores against the whole bank, then a choice: 20 times as fast on CIFAR as [B, 1 + K, D] copied bank rows, and
+        # smaller even on ImageNet (1.3 GB to 2.1 GB at B = 256).
+        pairs = ((v_student, self.bank_teacher), (v_teacher, self.bank_student))
+        scores = [(v @ bank.T).gather(1, sampled) / self.temperature for v, bank in pairs]
+        n_data, negatives = len(self.by_class), sampled.shape[1] - 1
+        with torch.no_grad():  # the estimate costs little; to ask the device whether it is needed would stall every step
+            estimate = torch.stack([score.exp().mean() for score in scores]) * n_data
+            self.z = torch.where(self.z > 0, self.z, self.gather(estimate[None]).mean(dim=0))
+
+        noise = negatives / n_data
+        logits = torch.stack(scores) - (self.z.log() + math.log(noise + 1e-7))[:, None, None]  # of x_j / (x_j + c)
+        positive, negative = -F.logsigmoid(logits[..., 0]), -F.logsigmoid(-logits[..., 1:])
+        # the references' 1e-7 is in the denominators alone, which leaves a constant
+        loss = (positive + negative.sum(dim=-1)).mean(dim=1).sum() + 2 * negatives * math.log1p(1e-7 / noise)
+        if self.training:
+            self._update(v_student.detach(), v_teacher.detach(), index)
+        return loss
+
+    @torch.no_grad()
+    def _update(self, v_student, v_teacher, index):
+        """Move the rows of the images of all processes, so that every process holds the same banks."""
+        index, v_student, v_teacher = self.gather(index), self.gather(v_student), self.gather(v_teacher)
+        # An id can come twice (repeated augmentation, a padded last batch), and the order of writing is not defined: the
+        # embedding in its last place is written from every place.
+        order = index.argsort(stable=True)
+        last = order[torch.searchsorted(index[order], index, right=True) - 1]
+
+        def moved(bank, v):
+            rows = _unit(self.momentum * bank[index] + (1 - self.momentum) * v[last])
+            return bank.index_copy(0, index, rows)  # out of place: backward needs the rows as they were
+
+        self.bank_student, self.bank_teacher = moved(self.bank_student, v_student), moved(self.bank_teacher, v_teacher)
+
+
+def _unit(x, eps=1e-6):
+    """Rows of x [B, D] at length 1. A row shorter than eps has no direction: 0 without gradient, nan in the references."""
+    norm = x.norm(dim=1, keepdim=True)
+    return (x / norm.clamp_min(eps)).masked_fill(norm <= eps, 0.0)
+
+
+class ReviewKD(nn.Module):
+    """Distilling knowledge via knowledge review (Chen et al., CVPR 2021): fusion of the student's levels, deepest first.
+
+    Level i: x = conv1(f_i); with a = sigmoid(attention([x, deeper])) [B, 2, H, W] and the level below resized to x,
+    x = a_0 x + a_1 deeper; conv2(x), at the teacher's size, is compared with the teacher's level, and x goes on to the next.
+    A comparison is the mean squared error of the maps and of their averages over 4x4, 2x2 and 1x1 places (of those smaller
+    than the map; a side shorter than that stays), with weights 1, 1/2, 1/4.. divided by their sum. The levels are summed.
+
+    All features count, the pooled vector as a 1x1 map; student and teacher are matched from the deepest, what one side has
+    more is left out. Sizes are those of the features at hand: any resolution, square or not. Batch statistics are those of
+    this process: raises ValueError at B = 1. x is as wide as the student's deepest level, at most `mid`.
+    Parameters: `levels.I.conv1`, `.conv2`, `.attention`; vanillaKD's `abfs.I.conv1`, `.conv2`, `.att_conv.0`, 0 the deepest.
+    """
+
+    def __init__(self, student_shapes, teacher_shapes, labels=None, *, mid=512):
+        super().__init__()
+        self.shapes = _shapes(student_shapes, teacher_shapes, min(len(student_shapes), len(teacher_shapes)))
+        widths = [(s[0], t[0]) for s, t in zip(*self.shapes, strict=True)]
+        mid = min(mid, widths[-1][0])
+        self.levels = nn.ModuleList(_Level(s, mid, t, deepest=i == 0) for i, (s, t) in enumerate(reversed(widths)))
+
+    def forward(self, student_features, teacher_features, target=None, index=None):
+        pairs = _features(student_features, teacher_features, self.shapes, least=2)
+        student, teacher = ([x[:, :, None, None] if x.ndim == 2 else x for x in reversed(side)] for side in pairs)
+        loss, deeper = 0.0, None
+        with torch.autocast(student[0].device.type, enabled=False):
+            for level, x, y in zip(self.levels, student, teacher, strict=True):
+                x, deeper = level(x, deeper, y.shape[2:])
+                loss = loss + _hierarchical_error(x, y)
+        return loss
+
+
+class _Level(nn.Module):
+    """One attention-based fusion: [B, width, h, w] and the level below [B, mid, .., ..] -> [B, out, H, W], [B, mid, H, W]."""
+
+    def __init__(self, width, mid, out, deepest):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(width, mid, 1, bias=False), nn.BatchNorm2d(mid))
+        self.conv2 = nn.Sequential(nn.Conv2d(mid, out, 3, padding=1, bias=False), nn.BatchNorm2d(out))
+        self.attention = None if deepest else nn.Conv2d(2 * mid, 2, 1)
+        for conv in (self.conv1[0], self.conv2[0]):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(self, x, deeper, size):
+        x = self.conv1(x)
+        if self.attention is not None:
+            deeper = F.interpolate(deeper, x.shape[2:])
+            attention = self.attention(torch.cat([x, deeper], dim=1)).sigmoid()
+            x = attention[:, :1] * x + attention[:, 1:] * deeper
+        x = x if x.shape[2:] == size else F.interpolate(x, size)
+        return self.conv2(x), x
+
+
+def _hierarchical_error(x, y):
+    """Hierarchical context loss between maps [B, C, H, W]: see ReviewKD."""
+    height, width = x.shape[2:]
+    error, weight, total = F.mse_loss(x, y), 1.0, 1.0
+    for size in (4, 2, 1):
+        if size < max(height, width):
+            places, weight = (min(size, height), min(size, width)), weight / 2
+            error = error + weight * F.mse_loss(F.adaptive_avg_pool2d(x, places), F.adaptive_avg_pool2d(y, places))
+            total += weight
+    return error / total
+
+
 # ---------------------------------------------------------------- label losses
 
 
@@ -146,11 +430,46 @@ def binary_cross_entropy(logits, target, *, smoothing=0.0):
 # ---------------------------------------------------------------- shared pieces
 
 
-def _float(x):
+def _float32(x):
     """Half precision overflows at 65504 and resolves probabilities to 3 digits: all arithmetic is float32 or better."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _float(x):
+    """Logits [B, K], checked, in float32 or better."""
     if not (x.is_floating_point() and x.ndim == 2 and x.numel()):
         raise ValueError(f"expected floating-point logits of shape [B, K], got {x.dtype} of shape {tuple(x.shape)}")
-    return x if x.dtype == torch.float64 else x.float()
+    return _float32(x)
+
+
+def _shapes(student_shapes, teacher_shapes, count):
+    """The `count` deepest of the per-image shapes of either side, checked."""
+    sides = [[tuple(shape) for shape in shapes[-count:]] for shapes in (student_shapes, teacher_shapes)]
+    if not all(sides) or any(len(shape) not in (1, 3) or min(shape) < 1 for side in sides for shape in side):
+        found = f"{student_shapes} of the student and {teacher_shapes} of the teacher"
+        raise ValueError(f"expected per-image shapes (C, H, W) that end in the pooled (C,), got {found}")
+    return sides
+
+
+def _features(student_features, teacher_features, shapes, least=1):
+    """The deepest features, as many as there are shapes, in float32, the teacher's detached; checked against the shapes."""
+    found = [features[-len(side) :] for features, side in zip((student_features, teacher_features), shapes, strict=True)]
+    batch = len(found[0][0]) if found[0] else 0
+    for name, features, side in zip(("student", "teacher"), found, shapes, strict=True):
+        # height and width are free: an image size other than that of the dry forward is no error
+        fits = [x.ndim == len(shape) + 1 and x.shape[:2] == (batch, shape[0]) for x, shape in zip(features, side, strict=False)]
+        if len(fits) < len(side) or not all(fits):
+            sizes = [tuple(x.shape) for x in features]
+            raise ValueError(f"{name} features {sizes} are not a batch of {batch} of the shapes {side} this loss was built for")
+    if batch < least:
+        raise ValueError(f"this loss compares the images of a batch, it needs {least} or more, got {tuple(found[0][-1].shape)}")
+    return [_float32(x) for x in found[0]], [_float32(x.detach()) for x in found[1]]
+
+
+def _pooled(student_features, teacher_features, shapes, least=1):
+    """The last features as [B, D_s] and [B, D_t]; a map counts flattened."""
+    (student,), (teacher,) = _features(student_features, teacher_features, shapes, least)
+    return student.flatten(1), teacher.flatten(1)
 
 
 def _prepare(student_logits, teacher_logits, temperature):
@@ -182,13 +501,14 @@ def _probabilities(target, logits, smoothing):
 
 # ---------------------------------------------------------------- by name
 
-LOSSES = {"kd": kd, "dkd": dkd, "dist": dist, "bkl": bkl}
+LOSSES = {"kd": kd, "dkd": dkd, "dist": dist, "bkl": bkl, "cc": CC, "rkd": RKD, "crd": CRD, "reviewkd": ReviewKD}
 LABEL_LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
 
 
 def make_loss(name, known=LOSSES, **hyper):
     """`make_loss("kd", temperature=4.0)` -> a callable (student_logits, teacher_logits, target) -> scalar.
 
+    Losses on features: `make_loss("rkd", angle=50.0)` -> (student_shapes, teacher_shapes, labels=None) -> the module.
     Label losses: `make_loss("cross_entropy", LABEL_LOSSES, smoothing=0.1)` -> (logits, target) -> scalar.
     Raises ValueError for an unknown name or hyper-parameter, naming it and the known ones.
     """
@@ -199,10 +519,13 @@ def make_loss(name, known=LOSSES, **hyper):
     for key, value in hyper.items():
         if key not in accepted:
             raise ValueError(f"loss {name!r} has no argument {key!r}{_nearest(key, accepted)}; known: {', '.join(accepted)}")
-        if isinstance(value, bool) or isinstance(value, str) != isinstance(accepted[key], str):
-            kind = "text" if isinstance(accepted[key], str) else "a number"
-            raise ValueError(f"loss {name!r}: {key} must be {kind}, got {value!r}")
+        if _kind(value) != _kind(accepted[key]):
+            raise ValueError(f"loss {name!r}: {key} must be {_kind(accepted[key])}, got {value!r}")
     return functools.partial(known[name], **hyper)
+
+
+def _kind(value):
+    return "true or false" if isinstance(value, bool) else "text" if isinstance(value, str) else "a number"
 
 
 def _nearest(word, known):

@@ -7,6 +7,7 @@ num_classes=100)` and `timm.create_model("local-dir:EXPORTED", pretrained=True)`
 """
 
 import argparse
+import contextlib
 import copy
 import difflib
 import os
@@ -54,11 +55,12 @@ class BasicBlock(nn.Module):
         self.downsample = None
         if stride != 1 or in_chans != chans:
             self.downsample = nn.Sequential(nn.Conv2d(in_chans, chans, 1, stride, bias=False), nn.BatchNorm2d(chans))
+        self.act1, self.act2 = nn.ReLU(), nn.ReLU()  # named as in timm's ResNets, where features are tapped
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(x)) + shortcut)
+        x = self.act1(self.bn1(self.conv1(x)))
+        return self.act2(self.bn2(self.conv2(x)) + shortcut)
 
 
 class CifarResNet(nn.Module):
@@ -73,6 +75,10 @@ class CifarResNet(nn.Module):
         if depth < 8 or (depth - 2) % 6:
             raise ModelError(f"cifar_resnet: depth must be 6 n + 2 with n >= 1, got {depth}")
         self.num_classes, self.num_features, self.drop_rate = num_classes, widths[3], drop_rate
+        self.feature_info = [
+            dict(num_chs=chans, reduction=reduction, module=module)
+            for chans, reduction, module in zip(widths, (1, 1, 2, 4), ("bn1", "layer1", "layer2", "layer3"), strict=True)
+        ]
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         for stage, stride in ((1, 1), (2, 2), (3, 2)):
@@ -95,6 +101,13 @@ class CifarResNet(nn.Module):
         """[B, 3, H, W] -> [B, C, H/4, W/4]"""
         x = torch.relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward_intermediates(self, x, indices):
+        """timm's interface to feature maps: (deepest map, [maps after the stem (0) and the stages (1, 2, 3)])."""
+        maps = [torch.relu(self.bn1(self.conv1(x)))]
+        for stage in (self.layer1, self.layer2, self.layer3):
+            maps.append(stage(maps[-1]))
+        return maps[-1], [maps[i] for i in indices]
 
     def forward_head(self, x, pre_logits=False):
         x = nn.functional.dropout(x.mean(dim=(2, 3)), self.drop_rate, self.training)
@@ -162,11 +175,75 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)  # convolutions are about 1.3 times faster, on CPU and on tensor cores
 
-    def forward(self, images):
+    def forward(self, images, taps=None, preactivation=False):
+        """With `taps`, indices of timm's forward_intermediates: (logits, features), features as `losses.py` wants them.
+
+        That is the maps [B, C, H, W] at the taps, shallow to deep, and the pooled vector [B, C] that the classifier sees.
+        `preactivation`: maps from before the last activation of their stage, for ResNets.
+        """
         if self.size and images.shape[-1] != self.size:
             images = nn.functional.interpolate(images, self.size, mode=self.interpolation, antialias=True).clamp(0, 1)
-        images = (images - self.mean) / self.std
-        return self.model(images.contiguous(memory_format=torch.channels_last))
+        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        if taps is None:
+            return self.model(images)
+        with self._before_activation(taps if preactivation else ()) as before:
+            deepest, maps = self.model.forward_intermediates(images, indices=list(taps))
+        pooled = self.model.forward_head(deepest, pre_logits=True)
+        maps = before or (_pyramid(maps) if self._is_isotropic() else maps)
+        return self.model.forward_head(deepest), [*maps, pooled]
+
+    @contextlib.contextmanager
+    def _before_activation(self, taps):
+        """A list that is filled with the inputs of the stages' last activations; copies, as timm's ReLUs write in place."""
+        before, hooks = [], []
+        for tap in taps:
+            block = self.model.get_submodule(self.model.feature_info[tap]["module"])[-1]
+            activation = block.act3 if hasattr(block, "act3") else block.act2
+            hooks.append(activation.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0].clone())))
+        try:
+            yield before
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _is_isotropic(self):
+        return len({level["reduction"] for level in self.model.feature_info}) == 1
+
+    def default_taps(self):
+        """The deepest map of each resolution, at most the last four; of a transformer's n blocks 1, 3, n - 3 and n - 1.
+
+        The latter are vanillaKD's for BEiTv2-L. Raises ModelError where timm gives no intermediate maps.
+        """
+        reductions = [level["reduction"] for level in getattr(self.model, "feature_info", ())]
+        if not hasattr(self.model, "forward_intermediates") or not reductions:
+            raise ModelError(f"{type(self.model).__name__} gives no features: timm has no forward_intermediates for it")
+        if self._is_isotropic():
+            n = len(reductions)
+            return tuple(sorted({min(1, n - 1), min(3, n - 1), max(n - 3, 0), n - 1}))
+        return tuple({reduction: i for i, reduction in enumerate(reductions)}.values())[-4:]
+
+    def shapes(self, size, taps, preactivation=False):
+        """Shapes, without the batch, of the features of an image of `size` pixels: what projectors are built from."""
+        training = self.training
+        try:
+            with torch.no_grad():
+                _, features = self.eval()(torch.zeros(1, 3, size, size, device=self.mean.device), taps, preactivation)
+        except (AssertionError, IndexError, AttributeError, TypeError) as error:
+            kind = "preactivation features" if preactivation else "features"
+            raise ModelError(f"{type(self.model).__name__} gives no {kind} at taps {list(taps)}: {error!r}") from error
+        self.train(training)
+        return [tuple(feature.shape[1:]) for feature in features]
+
+
+def _pyramid(maps):
+    """A transformer's four square maps as a convolutional network's: sides of 4, 2, 1 and a half times their own.
+
+    vanillaKD unfolds BEiTv2-L's tokens to these shapes, so that ReviewKD compares maps of equal size. Other maps stay.
+    """
+    if len(maps) != 4 or maps[0].shape[1] % 16:
+        return maps
+    unfold, halve = nn.functional.pixel_shuffle, nn.functional.avg_pool2d
+    return [unfold(maps[0], 4), unfold(maps[1], 2), maps[2], halve(maps[3], 2)]
 
 
 def build(model, *, classes, size, model_args=None, pretrained=False, checkpoint=None, mean=None, std=None, resize=None):
@@ -308,26 +385,36 @@ def export(network, folder, *, model_args, size, crop_pct, interpolation, label_
 class Distilled(nn.Module):
     """A student with everything its loss trains, in one forward that returns scalars: what DDP and the optimizer see.
 
-    net   images [B, 3, H, W] -> logits [B, K]
-    hard  (logits, target) -> scalar; soft (logits, teacher_logits, target) -> scalar, or None for labels alone
+    net   images [B, 3, H, W] -> logits [B, K], or with `taps` (logits, features)
+    hard  (logits, target) -> scalar
+    soft  on logits: (logits, teacher_logits, target) -> scalar; with `taps` on features: a module that owns its projectors,
+          (features, teacher_features, target, index) -> scalar; None for labels alone
 
     Evaluation and export use `.net` alone.
     """
 
-    def __init__(self, net, hard, soft, hard_weight):
+    def __init__(self, net, hard, soft, hard_weight, taps=None, preactivation=False):
         super().__init__()
         self.net, self.hard, self.soft, self.hard_weight = net, hard, soft, hard_weight
+        self.taps, self.preactivation = taps, preactivation
 
     def no_weight_decay(self):
         """timm's optimizers ask this of the module that they get: position embeddings and class tokens do not decay."""
         return {f"net.model.{name}" for name in getattr(self.net.model, "no_weight_decay", set)()}
 
-    def forward(self, images, teacher_logits, target, soft_weight):
-        """target [B] ids or [B, K] probabilities -> {"loss", "hard", "soft"}: float32 scalars, "loss" with a gradient."""
-        logits = self.net(images)
+    def forward(self, images, taught, target, index, soft_weight):
+        """taught (teacher logits, teacher features or None), target [B] ids or [B, K] probabilities, index [B] image ids.
+
+        -> {"loss", "hard", "soft"}: float32 scalars, "loss" with a gradient.
+        """
+        logits, features = self.net(images, self.taps, self.preactivation) if self.taps else (self.net(images), None)
         with torch.autocast(images.device.type, enabled=False):  # losses in float32, whatever the networks run in
             hard = self.hard(logits, target)
             if self.soft is None:
                 return {"loss": self.hard_weight * hard, "hard": hard.detach()}
-            soft = self.soft(logits, teacher_logits, target)
+            teacher_logits, teacher_features = taught
+            if self.taps:
+                soft = self.soft(features, teacher_features, target, index)
+            else:
+                soft = self.soft(logits, teacher_logits, target)
         return {"loss": self.hard_weight * hard + soft_weight * soft, "hard": hard.detach(), "soft": soft.detach()}

@@ -125,6 +125,10 @@ class Teacher:
     model: Text | None = None
     model_args: dict | None = None
     size: Count | None = None  # pixels; the batch is resized to it on the device. null: it sees the batch as it is
+    taps: tuple[Whole, ...] | None = (
+        None  # for losses on features: indices of timm's forward_intermediates. null: see models.py
+    )
+    preactivation: bool = False  # features from before the last activation of their stage (ResNets)
     pretrained: bool = False
     checkpoint: Text | None = None
     recipe: Text | None = None
@@ -164,6 +168,8 @@ class Student:
     ema: Share | None  # decay of a running average of the weights, evaluated and exported beside them
     hard: Hard
     soft: Soft | None  # null: labels alone
+    taps: tuple[Whole, ...] | None = None  # as the teacher's
+    preactivation: bool = False
     paper: dict | None = None  # the table cell that this student reproduces, for tools/ and the reader
 
 

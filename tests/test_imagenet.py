@@ -349,7 +349,7 @@ def test_the_three_imagenet_sets(tmp_path, monkeypatch, capsys):
     a, b = real[several][:2]
     (c,) = real[single]
     images = [  # (class by ImageNet-1K, file, what the network answers)
-        (WNIDS[b], several, a),  # wrong for ImageNet, one of the right ones for ReaL
+        (WNIDS[a], several, b),  # wrong for ImageNet, the second of the right ones for ReaL
         (WNIDS[c], single, c + 1),  # second of the first five for both
         (WNIDS[11], without, 11),  # right for ImageNet, not counted by ReaL
     ]

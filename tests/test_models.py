@@ -186,10 +186,10 @@ def test_distilled_combines_the_terms():
     network = models.build("cifar_resnet8", classes=10, size=8)
     images, taught, target = torch.rand(4, 3, 8, 8), torch.randn(4, 10), torch.arange(4)
     module = models.Distilled(network, losses.cross_entropy, losses.make_loss("kd", temperature=4.0), hard_weight=0.1)
-    terms = module(images, taught, target, 0.9)
+    terms = module(images, (taught, None), target, None, 0.9)
     torch.testing.assert_close(terms["loss"], 0.1 * terms["hard"] + 0.9 * terms["soft"])
     assert terms["loss"].requires_grad and not terms["hard"].requires_grad and not terms["soft"].requires_grad
-    alone = models.Distilled(network, losses.cross_entropy, None, hard_weight=1.0)(images, None, target, 0.0)
+    alone = models.Distilled(network, losses.cross_entropy, None, hard_weight=1.0)(images, None, target, None, 0.0)
     assert set(alone) == {"loss", "hard"} and alone["loss"] == alone["hard"]
 
 
@@ -198,5 +198,5 @@ def test_losses_are_float32_under_autocast():
     module = models.Distilled(network, losses.cross_entropy, losses.kd, hard_weight=1.0)
     with torch.autocast("cpu", torch.bfloat16):
         assert network(torch.rand(4, 3, 8, 8)).dtype == torch.bfloat16
-        terms = module(torch.rand(4, 3, 8, 8), torch.randn(4, 10).bfloat16(), torch.arange(4), 1.0)
+        terms = module(torch.rand(4, 3, 8, 8), (torch.randn(4, 10).bfloat16(), None), torch.arange(4), None, 1.0)
     assert {t.dtype for t in terms.values()} == {torch.float32}

@@ -1,6 +1,7 @@
 """The recipes against the paper (results/paper.json): settings, claimed cells, and a command for every cell that is a run."""
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
@@ -31,6 +32,13 @@ RUNS = [
     and cell.get("recipe", "quoted_").split("_")[0] != "quoted"
 ]
 HINTS = {"cc", "rkd", "crd", "reviewkd"}
+HINT_ARGS = {  # of every repository; the weights are those of vanillaKD, and for CIFAR-100 of RepDistiller and ReviewKD
+    "cc": {"dim": 128},
+    "rkd": {"distance": 25.0, "angle": 50.0},
+    "crd": {"dim": 128, "negatives": 16384, "temperature": 0.07, "momentum": 0.5},
+    "reviewkd": {"mid": 512},
+}
+HINT_WEIGHTS = {"cc": (0.02, 0), "rkd": (1.0, 0), "crd": (1.0, 0), "reviewkd": (1.0, 1)}  # and epochs of warm-up
 LABELS = {"cross_entropy": "ce", "binary_cross_entropy": "bce"}
 every_recipe = pytest.mark.parametrize("stem", LISTED)
 
@@ -54,6 +62,7 @@ def done(settings, student):
 
 def test_the_files_are_those_of_the_list():
     others = {"quickstart", "quickstart_teacher", "own_images", "own_images_teacher"}
+    others |= {"prev_cifar_res20_res56_hints", "prev_cifar_res8x4_res32x4_hints"}
     assert {p.stem for p in (ROOT / "recipes").glob("*.json")} == set(LISTED) | others
 
 
@@ -89,7 +98,8 @@ def test_schedule_and_data(stem):
     assert section.crop == recipe.ResizedCrop(kind="resized", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation=crop)
     assert section.interpolation == ("bilinear" if kind == "in1k_prev" else "bicubic")
     assert section.crop_pct == want.get("test_crop_pct", 0.875) and section.size == want.get("train_resolution", 224)
-    assert (section.classes, section.train_size, section.streaming, section.drop_last) == (1000, 1281167, True, True)
+    assert (section.classes, section.train_size, section.drop_last) == (1000, 1281167, True)
+    assert section.streaming == all(student.name != "crd" for student in settings.students)  # it needs an id for each image
     assert settings.batch_size == 8 * settings.batch_size_per_process  # the paper's 8 GPUs: what dist sees
 
 
@@ -116,8 +126,28 @@ def test_students_and_teacher(stem):
         label_loss = "ce" if student.name in HINTS else want["hard_label_loss"]
         assert LABELS[student.hard.loss] == label_loss
         assert (student.hard.weight, student.hard.smoothing) == (hard_weight, want.get("label_smoothing", 0))
-        if student.name not in HINTS:  # their hyper-parameters are held in test_losses.py
-            assert student.soft == soft
+        assert student.soft == (hint_term(student.name, *HINT_WEIGHTS[student.name]) if student.name in HINTS else soft)
+
+
+def hint_term(name, weight, warmup_epochs):
+    return recipe.Soft(loss=name, weight=weight, warmup_epochs=warmup_epochs, args=HINT_ARGS[name])
+
+
+@pytest.mark.parametrize("stem, reviewkd", [("prev_cifar_res20_res56", 0.6), ("prev_cifar_res8x4_res32x4", 5.0)])
+def test_the_classic_recipes_of_the_hint_losses(stem, reviewkd):
+    """All but the losses is the classic recipe of the same pair."""
+    settings, classic = load(f"{stem}_hints"), load(stem)
+    weights = {"cc": (0.02, 0), "rkd": (1.0, 0), "crd": (0.8, 0), "reviewkd": (reviewkd, 20)}
+    assert dataclasses.replace(settings.students[0], paper=classic.students[0].paper) == classic.students[0]  # kd, to compare
+    for student in settings.students[1:]:
+        assert student.soft == hint_term(student.name, *weights[student.name])
+        assert student.hard == recipe.Hard(loss="cross_entropy", weight=1.0, smoothing=0.0)
+        like = dict(name="kd", soft=classic.students[0].soft, hard=classic.students[0].hard, paper=classic.students[0].paper)
+        assert dataclasses.replace(student, **like) == classic.students[0]
+    assert [student.name for student in settings.students] == ["kd", *weights]
+    same = dict(about=classic.about, teacher=classic.teacher, students=classic.students)
+    assert dataclasses.replace(settings, **same) == classic
+    assert settings.teacher == dataclasses.replace(classic.teacher, preactivation=True)  # mdistiller and ReviewKD
 
 
 def terms(stem, name, want):

@@ -1,0 +1,168 @@
+"""Losses on features, from taps to exported student: any network's maps, training, resume, two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import ROOT, STUDENT, distilled, make_recipe, write
+from test_train import assert_same_run, final_state, rows, run
+
+import losses
+import models
+import train
+
+WEIGHTS = {"cc": 0.02, "rkd": 1.0, "crd": 0.8, "reviewkd": 0.6}  # RepDistiller's and ReviewKD's for CIFAR
+ARGS = {"cc": {"dim": 8}, "crd": {"dim": 8, "negatives": 32}}
+
+
+def hint(name, **changes):
+    soft = {"loss": name, "weight": WEIGHTS[name], "warmup_epochs": 0, "args": ARGS.get(name, {})}
+    return dict(STUDENT, name=name, soft=soft) | changes
+
+
+@pytest.mark.parametrize(
+    "name, size, arguments, expected",
+    [
+        ("cifar_resnet20", 32, {}, [(16, 32, 32), (32, 16, 16), (64, 8, 8), (64,)]),
+        ("resnet18", 64, {}, [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2), (512,)]),
+        ("mobilenetv2_050", 64, {}, [(16, 16, 16), (16, 8, 8), (48, 4, 4), (160, 2, 2), (1280,)]),
+        ("convnextv2_atto", 64, {}, [(40, 16, 16), (80, 8, 8), (160, 4, 4), (320, 2, 2), (320,)]),
+        (
+            "beitv2_base_patch16_224",
+            64,
+            dict(img_size=64, depth=5, embed_dim=32, num_heads=2),
+            [(2, 16, 16), (8, 8, 8), (32, 4, 4), (32, 2, 2), (32,)],
+        ),
+        ("vit_tiny_patch16_224", 64, dict(img_size=64, depth=2), [(192, 4, 4), (192, 4, 4), (192,)]),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_taps_give_maps_and_leave_the_logits(name, size, arguments, expected):
+    network = models.build(name, classes=7, size=size, model_args=arguments).eval()
+    images = torch.rand(2, 3, size, size)
+    taps = network.default_taps()
+    with torch.no_grad():
+        logits, features = network(images, taps)
+        assert torch.equal(logits, network(images))
+    assert [tuple(f.shape[1:]) for f in features] == expected == network.shapes(size, taps)
+    classifier = network.model.get_classifier()
+    torch.testing.assert_close(classifier(features[-1]), logits)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", "resnet26"])
+def test_preactivation_features_are_those_before_the_relu(name):
+    """vanillaKD's "pre-activation" maps share storage with timm's in-place ReLU, and are its output."""
+    network = models.build(name, classes=7, size=32).eval()
+    for norm in (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)  # some timm blocks begin as the identity
+    images, taps = torch.rand(2, 3, 32, 32), network.default_taps()
+    with torch.no_grad():
+        (logits, after), (same, before) = network(images, taps), network(images, taps, True)
+    assert torch.equal(logits, same)
+    for a, b in zip(after[:-1], before[:-1], strict=True):
+        assert b.min() < 0 and torch.equal(a, b.relu())
+    assert torch.equal(after[-1], before[-1])
+
+
+def test_taps_that_are_not_there_are_refused(tmp_path, capsys):
+    network = models.build("cifar_resnet8", classes=7, size=32)
+    with pytest.raises(models.ModelError, match=r"CifarResNet gives no features at taps \[1, 9\]"):
+        network.shapes(32, (1, 9))
+    mobile = models.build("mobilenetv2_050", classes=7, size=32)
+    with pytest.raises(models.ModelError, match="EfficientNet gives no preactivation features"):
+        mobile.shapes(32, mobile.default_taps(), preactivation=True)
+
+
+def test_bank_of_the_papers_pair_has_its_size():
+    """ReviewKD from BEiTv2-L to ResNet-50 adds the 18,665,096 parameters that were measured in vanillaKD."""
+    student = [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (2048,)]
+    teacher = [(64, 56, 56), (256, 28, 28), (1024, 14, 14), (1024, 7, 7), (1024,)]
+    module = losses.ReviewKD(student, teacher)
+    assert sum(p.numel() for p in module.parameters()) == 18_665_096
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_the_four_train_beside_a_logit_loss_and_resume_to_the_bit(tmp_path, teacher_file):
+    students = [STUDENT, *(hint(name) for name in WEIGHTS)]
+    path = write(tmp_path / "r.json", **distilled(teacher_file, students=students, save_every=7, epochs=1))
+    whole = run(path, tmp_path / "whole")
+    run(path, tmp_path / "parts", "--limit", 9)
+    run(path, tmp_path / "parts", "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    first, *_, last = [row for row in rows(tmp_path / "whole") if "soft/crd" in row]
+    assert all(0 < last[f"soft/{name}"] < first[f"soft/{name}"] for name in ("cc", "rkd", "reviewkd"))
+    tensors, _ = final_state(tmp_path / "whole")
+    assert {"crd.safetensors:soft.bank_student", "cc.safetensors:soft.embed_teacher.weight"} <= tensors.keys()
+    assert any(key.startswith("reviewkd.optimizer.safetensors") for key in tensors)
+    bank = tensors["crd.safetensors:soft.bank_student"]
+    assert bank.shape == (898, 8) and (bank.norm(dim=1) - 1).abs().max() < 1e-5  # every image has been seen
+    for name in WEIGHTS:
+        exported = safetensors.torch.load_file(tmp_path / "whole" / "students" / name / "model.safetensors")
+        plain = timm.create_model("cifar_resnet8", num_classes=10, **STUDENT["model_args"])
+        assert exported.keys() == plain.state_dict().keys()  # no projector, no bank
+    assert [s["parameters"] for s in whole["students"]] == [2718] * 5
+
+    alone = write(tmp_path / "a.json", **distilled(teacher_file, students=[hint("crd")], save_every=7, epochs=1))
+    run(alone, tmp_path / "alone")
+    assert_same_run(tmp_path / "alone", tmp_path / "whole", ["crd"])
+
+
+def test_projectors_are_trained_and_clipped_with_their_student(teacher_file):
+    settings = make_recipe(**distilled(teacher_file, students=[hint("cc")]))
+    teacher = models.build("cifar_resnet8", classes=10, size=8, model_args={"widths": [8, 8, 16, 16]})
+    module, optimizer = train.make_student(settings, settings.students[0], teacher)
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in module.soft.parameters()} <= optimized and list(module.soft.parameters())
+
+
+def test_taps_cost_nothing_when_no_loss_asks(teacher_file, monkeypatch):
+    settings = make_recipe(**distilled(teacher_file))
+    assert train.teacher_taps(settings, None) is None
+    student, _ = train.make_student(settings, settings.students[1])
+    monkeypatch.setattr(type(student.net.model), "forward_intermediates", None)  # would fail when called
+    student(torch.rand(4, 3, 8, 8), (torch.randn(4, 10), None), torch.arange(4), None, 1.0)
+
+
+def test_crd_refuses_a_stream_before_any_work(tmp_path, teacher_file, capsys):
+    stream = dict(data__streaming=True, data__train_size=898, data__drop_last=True, data__shuffle_buffer=10)
+    path = write(tmp_path / "r.json", **distilled(teacher_file, students=[hint("crd")], **stream))
+    with pytest.raises(SystemExit):
+        run(path, tmp_path / "out")
+    assert "student 'crd': crd draws negatives by class" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_two_processes_keep_one_bank(tmp_path, teacher_file):
+    """The real launcher, two processes: the losses of RKD and CRD see half a batch each, the banks see all of it."""
+    students = [hint("crd"), hint("reviewkd")]
+    path = write(
+        tmp_path / "r.json",
+        **distilled(teacher_file, students=students, batch_size_per_process=32, epochs=1, data__drop_last=True, log_every=1),
+    )
+    launcher = Path(sys.executable).with_name("accelerate")
+    code = "import torch, train, accelerate; old = train.save\n"
+    code += "def save(run):\n    for t in run.trainees:\n        for k, v in t.accelerator.unwrap_model(t.module).state_dict().items():\n"
+    code += "            if 'bank' in k or 'net.' in k and 'running' not in k:\n"
+    code += "                a = run.lead.gather(v.float().flatten()[None] if v.ndim else v[None].float()[None])\n"
+    code += "                assert torch.equal(a[0], a[1]), k\n    old(run)\n"
+    code += "train.save = save\ntrain.main()\n"
+    (tmp_path / "checked.py").write_text(code)
+    common = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu", "--num_processes", "2"]
+    command = [launcher, "launch", *common, "--main_process_port", "0", tmp_path / "checked.py", path, "--workers", "0"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, command), "--out", str(tmp_path / "two")], capture_output=True, text=True, env=env, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    tensors, _ = final_state(tmp_path / "two")
+    bank = tensors["crd.safetensors:soft.bank_student"]
+    assert ((bank.norm(dim=1) - 1).abs() < 1e-5).sum() == 14 * 64  # the images of both processes
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert result["hardware"]["processes"] == 2
