@@ -12,7 +12,9 @@ import argparse
 import json
 import multiprocessing
 import resource
+import shlex
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -159,7 +161,9 @@ def main():
 
     result = measure(args.section, args.device, args.rounds)
     machine = f"{args.device}, {args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    result |= {"machine": machine, "torch": torch.__version__}
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    result |= {"command": shlex.join(sys.argv), "commit": commit, "machine": machine, "torch": torch.__version__}
     print(f"{result['title']}; {machine}, torch {torch.__version__}, median of {args.rounds} rounds")
     print(f"{'':16}{'loss':>12}{'ms':>10}{'times':>8}{'peak MB':>10}{'times':>8}{'kept MB':>10}")
     first = result["rows"][0]
