@@ -115,12 +115,21 @@ def test_the_four_train_beside_a_logit_loss_and_resume_to_the_bit(tmp_path, teac
     assert_same_run(tmp_path / "alone", tmp_path / "whole", ["crd"])
 
 
-def test_projectors_are_trained_and_clipped_with_their_student(teacher_file):
-    settings = make_recipe(**distilled(teacher_file, students=[hint("cc")]))
-    teacher = models.build("cifar_resnet8", classes=10, size=8, model_args={"widths": [8, 8, 16, 16]})
-    module, optimizer = train.make_student(settings, settings.students[0], teacher)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_loss_reaches_the_student_and_its_projectors_are_optimized(name, teacher_file):
+    students = [hint(name, hard=dict(STUDENT["hard"], weight=0.0))]
+    settings = make_recipe(**distilled(teacher_file, students=students))
+    teacher = models.build("cifar_resnet8", classes=10, size=8, model_args={"widths": [8, 8, 16, 16]}).eval()
+    module, optimizer = train.make_student(settings, settings.students[0], teacher, torch.arange(898) % 10)
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert {id(p) for p in module.soft.parameters()} <= optimized and list(module.soft.parameters())
+    assert {id(p) for p in module.parameters()} == optimized
+    images = torch.rand(16, 3, 8, 8)
+    with torch.no_grad():
+        taught = teacher(images, train.teacher_taps(settings, teacher))
+    module.train()(images, taught, torch.arange(16) % 10, torch.arange(16), 1.0)["loss"].backward()
+    trained = {n: p for n, p in module.named_parameters() if not n.startswith("net.model.fc.")}  # features come before it
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
+    assert (len(trained) > len([n for n in trained if n.startswith("net.")])) == (name != "rkd")
 
 
 def test_taps_cost_nothing_when_no_loss_asks(teacher_file, monkeypatch):
