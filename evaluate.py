@@ -102,6 +102,8 @@ def predict(networks, loader, accelerator, limit=None):
     for network, mode in zip(networks, training, strict=True):
         network.train(mode)
     rows = gather_object(rows)  # shares of unequal size: nothing is padded, so nothing is counted twice
+    if not rows:
+        raise data.DataError("there are no images to evaluate on")
     index, labels, *best = zip(*rows, strict=True)
     return index, labels, best
 
