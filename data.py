@@ -16,6 +16,7 @@ import io
 import itertools
 import random
 import re
+import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,13 +136,30 @@ def _splits(source, streaming):
 
 
 def _shard_lengths(split):
-    """Images in each shard of a streamed split, where that can be known without reading it; else None (tar files)."""
+    """Images in each shard of a streamed split, where a look at its files tells; else None (tar files on the hub)."""
     if not split.files:  # digits
         return [sum(1 for _ in split.rows.shard(split.rows.num_shards, i)) for i in range(split.rows.num_shards)]
-    if len(split.files) != split.rows.num_shards or not all(file.endswith(".parquet") for file in split.files):
+    if len(split.files) != split.rows.num_shards:
+        return None
+    if all(file.endswith(".parquet") for file in split.files):
+        count = _rows_of_parquet
+    elif all(file.endswith(".tar") and Path(file).is_file() for file in split.files):
+        count = _rows_of_tar
+    else:
         return None
     with ThreadPoolExecutor(16) as pool:  # on the hub each footer is a request
-        return list(pool.map(_rows_of_parquet, split.files))
+        return list(pool.map(count, split.files))
+
+
+def _rows_of_parquet(file):
+    with fsspec.open(file, "rb") as opened:
+        return pq.read_metadata(opened).num_rows
+
+
+def _rows_of_tar(file):
+    """Samples of a webdataset shard: members with the same name up to the first dot are one. Reads the headers alone."""
+    with tarfile.open(file) as tar:
+        return len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
 
 
 def _are_images(files):
@@ -388,8 +406,8 @@ class _Stream(IterableDataset):
     """Whole batches from a stream: shards in an order of (seed, epoch), dealt to processes and workers, then a buffer.
 
     Where the shards' lengths are known, every reader takes as many images as its batches need from their concatenation:
-    each image comes once an epoch, whatever the number of shards. Where they are not (tar files), readers take whole
-    shards, and one with too few images begins its shards again.
+    each image comes once an epoch, whatever the number of shards. Where they are not (tar files on the hub), readers take
+    whole shards, and one with too few images begins its shards again.
 
     An image's id is a checksum of its bytes, the one name that survives any sharding. `datasets`' own shuffle is not
     used: it sleeps 5 s at the end of a pass, copies its buffer, and cannot be resumed inside an epoch; here a resumed
