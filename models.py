@@ -235,6 +235,20 @@ class Network(nn.Module):
         return [tuple(feature.shape[1:]) for feature in features]
 
 
+@contextlib.contextmanager
+def frozen_statistics(network):
+    """BatchNorm keeps its running statistics: a checkpointed block runs again in backward and would move them twice."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
 def _pyramid(maps):
     """A transformer's four square maps as a convolutional network's: sides of 4, 2, 1 and a half times their own.
 
@@ -362,7 +376,9 @@ def export(network, folder, *, model_args, size, crop_pct, interpolation, label_
     Its weights alone, as safetensors, with the preprocessing it was trained for; appears complete or not at all.
     """
     folder = Path(folder)
-    model = copy.deepcopy(network.model).cpu().to(memory_format=torch.contiguous_format)  # safetensors wants plain tensors
+    model = copy.deepcopy(network.model).cpu()
+    for tensor in (*model.parameters(), *model.buffers()):  # safetensors wants plain ones; DeepSpeed's are views of a flat one
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     for leftover in (temporary, old):  # of an export that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -403,7 +419,8 @@ class Distilled(nn.Module):
         return {f"net.model.{name}" for name in getattr(self.net.model, "no_weight_decay", set)()}
 
     def forward(self, images, taught, target, index, soft_weight):
-        """taught (teacher logits, teacher features or None), target [B] ids or [B, K] probabilities, index [B] image ids.
+        """taught (teacher logits, teacher features or None), target [B] ids or [B, K] probabilities, index [B] image ids,
+        soft_weight a scalar tensor: as a number, torch.compile would build a new graph for each of its values.
 
         -> {"loss", "hard", "soft"}: float32 scalars, "loss" with a gradient.
         """

@@ -134,6 +134,7 @@ class Teacher:
     recipe: Text | None = None
     mean: tuple[float, ...] | None = None  # null: the network's own, from its timm configuration
     std: tuple[float, ...] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None  # of its forward; null: as `accelerate launch` says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,7 @@ class Student:
     soft: Soft | None  # null: labels alone
     taps: tuple[Whole, ...] | None = None  # as the teacher's
     preactivation: bool = False
+    grad_checkpointing: bool = False  # blocks run again in backward instead of keeping activations: less memory, same numbers
     paper: dict | None = None  # the table cell that this student reproduces, for tools/ and the reader
 
 

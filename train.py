@@ -12,8 +12,10 @@ stopped and resumed is the uninterrupted run bit for bit, and a student learns t
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -31,8 +33,8 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DynamoBackend, InitProcessGroupKwargs, ProjectConfiguration
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
@@ -44,7 +46,10 @@ import recipe
 from evaluate import accuracy, table, to_float
 
 KEEP_CHECKPOINTS = 2
-BOARD = {"train": ("loss", "hard", "soft", "lr"), "test": ("top1", "top5", "top1_ema", "top5_ema")}  # TensorBoard's groups
+BOARD = {"train": ("loss", "hard", "soft", "lr", "seconds"), "test": ("top1", "top5", "top1_ema", "top5_ema")}  # TensorBoard
+RUN_BOARD = ("epoch", "speed/images_per_second", "seconds/data", "seconds/teacher")
+ELEMENTWISE = {"sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "lion", "rmsprop"}  # blind to where a tensor ends
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 class TrainingError(RuntimeError):
@@ -89,8 +94,13 @@ class Trainee:
     best: dict | None = None
 
     @property
+    def distilled(self):
+        """The module without what DDP, DeepSpeed and torch.compile put around it."""
+        return self.accelerator.unwrap_model(self.module, keep_torch_compile=False)
+
+    @property
     def net(self):
-        return self.accelerator.unwrap_model(self.module).net
+        return self.distilled.net
 
 
 @dataclasses.dataclass
@@ -106,6 +116,7 @@ class Run:
     loader: data.TrainLoader
     test_loader: object
     limit: int | None
+    clock: "Clock"
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent in them, over all resumptions
     timed: tuple = (0, 0.0)  # steps and seconds since the last log row
@@ -114,6 +125,33 @@ class Run:
     def stop(self):
         total = self.settings.epochs * self.loader.steps_per_epoch
         return min(total, self.limit or total)
+
+
+class Clock:
+    """Seconds between marks, summed by name, on the device's own clock: a kernel runs long after Python has queued it."""
+
+    def __init__(self, device):
+        self.on_gpu = device.type == "cuda"
+        self.marks = []
+        self.window, self.total = {}, {}  # since the last log row, since the run began
+
+    def mark(self, name):
+        """The time since the mark before belongs to `name` (None: to nothing)."""
+        mark = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+        if self.on_gpu:
+            mark.record()
+        self.marks.append((name, mark))
+
+    def read(self):
+        """Add up the marks; waits for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        for (_, before), (name, now) in itertools.pairwise(self.marks):
+            if name is not None:
+                seconds = before.elapsed_time(now) / 1000 if self.on_gpu else now - before
+                for sums in (self.window, self.total):
+                    sums[name] = sums.get(name, 0.0) + seconds
+        self.marks = []
 
 
 def train(run):
@@ -126,6 +164,7 @@ def train(run):
     while run.step < run.stop:
         started, epoch = time.perf_counter(), run.step // loader.steps_per_epoch
         for part in range(loader.accumulate):
+            run.clock.mark(None)
             images, labels, index = next(batches)
             randomness = (settings.seed, run.step, part, lead.process_index)
             data.seed_all(*randomness)
@@ -133,12 +172,15 @@ def train(run):
             target, index = (t.to(lead.device, non_blocking=True) for t in (labels, index))
             if mix:
                 images, target = mix(images, target)
+            run.clock.mark("data")
             taught = teach(run, images) if run.teacher else None
+            run.clock.mark("teacher")
             for trainee in run.trainees:
                 data.seed_all(*randomness)  # the same dropout, alone or in company
                 lr = lr_at(run.step, loader.steps_per_epoch, settings.epochs, settings.schedule, trainee.settings.lr)
                 soft_weight = soft_weight_at(epoch, trainee.settings.soft)
                 learn(trainee, images, taught, target, index, lr, soft_weight)
+                run.clock.mark(trainee.settings.name)
         run.step += 1
         took = time.perf_counter() - started
         run.seconds, run.timed = run.seconds + took, (run.timed[0] + 1, run.timed[1] + took)
@@ -158,7 +200,8 @@ def train(run):
 @torch.no_grad()
 def teach(run, images):
     """(logits, features or None) of the teacher: one forward, whatever the number of students."""
-    with run.lead.autocast():
+    dtype = PRECISIONS[run.settings.teacher.precision or precision(run.lead)]
+    with torch.autocast(run.lead.device.type, dtype=dtype, enabled=dtype is not torch.float32):
         if not run.teacher_taps:
             return run.teacher(images), None
         return run.teacher(images, run.teacher_taps, run.settings.teacher.preactivation)
@@ -170,8 +213,10 @@ def learn(trainee, images, taught, target, index, lr, soft_weight):
     with accelerator.accumulate(trainee.module):
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        terms = trainee.module(images, taught, target, index, soft_weight)
-        accelerator.backward(terms["loss"])
+        terms = trainee.module(images, taught, target, index, torch.full((), soft_weight, device=images.device))
+        recomputed = trainee.settings.grad_checkpointing
+        with models.frozen_statistics(trainee.module) if recomputed else contextlib.nullcontext():
+            accelerator.backward(terms["loss"])  # with DeepSpeed also clips and steps: what follows is then without effect
         if accelerator.sync_gradients and trainee.settings.clip_grad is not None:
             accelerator.clip_grad_norm_(trainee.module.parameters(), trainee.settings.clip_grad)
         optimizer.step()
@@ -200,7 +245,9 @@ def log_losses(run):
                 f"student {name!r}: the loss is {row[f'loss/{name}']} within steps {run.step - every}..{run.step}"
             )
     row["speed/images_per_second"] = steps * run.settings.batch_size / seconds
-    run.timed = (0, 0.0)
+    run.clock.read()
+    row |= {f"seconds/{name}": seconds / steps for name, seconds in run.clock.window.items()}  # of a step
+    run.timed, run.clock.window = (0, 0.0), {}
     write_row(run, row)
     return sum(row[f"loss/{t.settings.name}"] for t in run.trainees) / len(run.trainees)
 
@@ -232,7 +279,7 @@ def write_row(run, row):
         with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     # On the board every student is a run of its own, so that one chart compares them.
-    run.lead.log({key: value for key, value in row.items() if key in ("epoch", "speed/images_per_second")}, step=run.step)
+    run.lead.log({key: value for key, value in row.items() if key in RUN_BOARD}, step=run.step)
     for trainee in run.trainees:
         own = {f"{part}/{m}": row.get(f"{m}/{trainee.settings.name}") for part, ms in BOARD.items() for m in ms}
         trainee.accelerator.log({key: value for key, value in own.items() if value is not None}, step=run.step)
@@ -244,6 +291,8 @@ def write_row(run, row):
 def save(run):
     """checkpoints/step-N: tensors as safetensors, the rest as JSON. The folder appears complete or not at all."""
     sums = [{term: run.lead.reduce(total, "mean").item() for term, total in t.sums.items()} for t in run.trainees]
+    optimizers = [optimizer_state(trainee) for trainee in run.trainees]
+    run.clock.read()
     if not run.lead.is_main_process:
         return
     folder, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
@@ -253,13 +302,14 @@ def save(run):
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     state = {"step": run.step, "seconds": run.seconds, "timed": run.timed, "workers": run.loader.workers, "students": {}}
+    state["clock"] = {"window": run.clock.window, "total": run.clock.total}
     with open(metrics, "ab") as file:
         os.fsync(file.fileno())
         state["metrics_bytes"] = file.tell()
-    for trainee, own_sums in zip(run.trainees, sums, strict=True):
-        name, module = trainee.settings.name, trainee.accelerator.unwrap_model(trainee.module)
-        optimizer_tensors, optimizer_rest = split_optimizer_state(trainee.optimizer.state_dict())
-        write_tensors(temporary / f"{name}.safetensors", module.state_dict())
+    for trainee, own_sums, optimizer in zip(run.trainees, sums, optimizers, strict=True):
+        name = trainee.settings.name
+        optimizer_tensors, optimizer_rest = split_optimizer_state(optimizer)
+        write_tensors(temporary / f"{name}.safetensors", trainee.distilled.state_dict())
         write_tensors(temporary / f"{name}.optimizer.safetensors", optimizer_tensors)
         if trainee.ema:
             write_tensors(temporary / f"{name}.ema.safetensors", trainee.ema.module.state_dict())
@@ -295,23 +345,77 @@ def restore(run):
     if run.settings.data.streaming and state["workers"] != run.loader.workers:
         raise data.DataError(f"{run.folder}: a stream's order depends on its readers: resume with --workers {state['workers']}")
     run.step, run.seconds, run.timed = state["step"], state["seconds"], tuple(state["timed"])
+    run.clock.window, run.clock.total = state["clock"]["window"], state["clock"]["total"]
     for trainee in run.trainees:
         name, own = trainee.settings.name, state["students"][trainee.settings.name]
-        module = trainee.accelerator.unwrap_model(trainee.module)
-        module.load_state_dict(safetensors.torch.load_file(found[-1] / f"{name}.safetensors"))
+        trainee.distilled.load_state_dict(safetensors.torch.load_file(found[-1] / f"{name}.safetensors"))
         tensors = safetensors.torch.load_file(found[-1] / f"{name}.optimizer.safetensors")
-        trainee.optimizer.load_state_dict(join_optimizer_state(tensors, own["optimizer"]))
-        for parameter, values in trainee.optimizer.state.items():
-            for key, value in values.items():
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    # in the parameter's memory layout, as it was: LAMB's norms sum in that order, to the last bit
-                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        load_optimizer_state(trainee, join_optimizer_state(tensors, own["optimizer"]))
         if trainee.ema:
             trainee.ema.module.load_state_dict(safetensors.torch.load_file(found[-1] / f"{name}.ema.safetensors"))
         if own["scaler"]:
             trainee.accelerator.scaler.load_state_dict(own["scaler"])
         trainee.sums = {term: torch.tensor(total, device=run.lead.device) for term, total in own["sums"].items()}
         trainee.last, trainee.best = own["last"], own["best"]
+
+
+def optimizer_state(trainee):
+    """The optimizer's state_dict, whole on every process: checkpoints do not depend on their number, or on DeepSpeed."""
+    if not partitioned(trainee.accelerator):
+        return trainee.optimizer.state_dict()
+    zero, states, groups, n = trainee.optimizer.optimizer, {}, [], 0
+    for parameters, group in zip(zero.bit16_groups, zero.optimizer.param_groups, strict=True):
+        (flat,) = group["params"]
+        for key, value in zero.optimizer.state[flat].items():
+            for i, parameter in enumerate(parameters, n):
+                states.setdefault(i, {})[key] = value
+                if torch.is_tensor(value) and value.shape == flat.shape:
+                    whole = value.new_zeros(parameter.numel())
+                    for in_whole, in_flat in pieces(parameter):
+                        whole[in_whole] = value[in_flat]
+                    states[i][key] = trainee.accelerator.reduce(whole, "sum").view(parameter.shape)
+        rest = {key: value for key, value in group.items() if key != "params"}
+        groups.append(rest | {"params": list(range(n, n + len(parameters)))})
+        n += len(parameters)
+    return {"state": states, "param_groups": groups}
+
+
+def load_optimizer_state(trainee, state_dict):
+    """Continue from what `optimizer_state` gave; the module's weights are loaded already."""
+    if partitioned(trainee.accelerator):
+        return load_partitions(trainee.optimizer.optimizer, state_dict)
+    trainee.optimizer.load_state_dict(state_dict)
+    for parameter, values in trainee.optimizer.state.items():
+        for key, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                # in the parameter's memory layout, as it was: LAMB's norms sum in that order, to the last bit
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def load_partitions(zero, state_dict):
+    """This process's pieces of a whole optimizer state: DeepSpeed keeps all tensors of a parameter group in one flat one."""
+    zero.refresh_fp32_params()
+    n = 0
+    groups = zip(zero.bit16_groups, zero.optimizer.param_groups, state_dict["param_groups"], strict=True)
+    for parameters, group, saved in groups:
+        (flat,), states = group["params"], [state_dict["state"].get(i, {}) for i in range(n, n + len(parameters))]
+        group |= {key: value for key, value in saved.items() if key != "params"}
+        for key, value in states[0].items():
+            if torch.is_tensor(value) and value.shape == parameters[0].shape:
+                value = torch.zeros_like(flat)
+                for parameter, state in zip(parameters, states, strict=True):
+                    for in_whole, in_flat in pieces(parameter):
+                        value[in_flat] = state[key].flatten()[in_whole]
+            zero.optimizer.state[flat][key] = value
+        n += len(parameters)
+
+
+def pieces(parameter):
+    """(slice of the flattened parameter, slice of this process's flat tensor): one pair, or none where others hold it."""
+    if (own := parameter._hp_mapping) is None:
+        return []
+    whole, flat = own.lp_fragment_address, own.hp_fragment_address
+    return [(slice(whole.start, whole.start + whole.numel), slice(flat.start, flat.start + flat.numel))]
 
 
 def split_optimizer_state(state_dict):
@@ -336,9 +440,88 @@ def join_optimizer_state(tensors, rest):
 
 
 def write_tensors(path, tensors):
-    safetensors.torch.save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+    # copies: DeepSpeed's weights are views of one flat tensor, and safetensors refuses memory that is shared
+    safetensors.torch.save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------- how it was launched
+
+
+def make_accelerator(**settings):
+    """An Accelerator of this launch. Without a GPU, DeepSpeed's processes find each other over gloo only."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
+        settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+    return Accelerator(**settings)
+
+
+def precision(accelerator):
+    """ "no", "bf16" or "fp16": what autocast runs in. DeepSpeed has its own setting, `torch_autocast`."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.mixed_precision
+    autocast = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {})
+    return {"bfloat16": "bf16", "float16": "fp16"}[autocast["dtype"]] if autocast.get("enabled") else "no"
+
+
+def partitioned(accelerator):
+    """Whether each process holds a piece of the optimizer's state: ZeRO from stage 1 on."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage > 0
+
+
+def check_launch(settings, accelerator):
+    """Raises RecipeError for a launch that accelerate or DeepSpeed would take and train something else with, in silence."""
+    launched, kind = int(os.environ.get("WORLD_SIZE", 1)), accelerator.distributed_type
+    if accelerator.num_processes != launched:  # accelerate on a machine without GPUs: every process would train alone
+        raise recipe.RecipeError(
+            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}: see the README"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise recipe.RecipeError("--mixed_precision fp16 on a CPU: accelerate would train in float32; use bf16 or no")
+    if accelerator.mixed_precision == "fp8" or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise recipe.RecipeError(
+            f"{kind.value}, --mixed_precision {accelerator.mixed_precision}: not supported; a student fits on one GPU: "
+            "use multi-GPU or DeepSpeed stages 0 to 2, with bf16, fp16 or no"
+        )
+    if kind == DistributedType.DEEPSPEED:
+        check_deepspeed(settings, accelerator)
+
+
+def check_deepspeed(settings, accelerator):
+    """Raises RecipeError for a DeepSpeed configuration that would not train what the recipe says."""
+    config, stage = accelerator.state.deepspeed_plugin.deepspeed_config, accelerator.state.deepspeed_plugin.zero_stage
+    if stage > 2:
+        raise recipe.RecipeError(
+            f"DeepSpeed ZeRO stage {stage}: weights in pieces cannot be evaluated, averaged (EMA) or exported here, and a "
+            "student fits on one GPU: use stage 0, 1 or 2"
+        )
+    halves = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") not in (None, False)]
+    if halves or accelerator.mixed_precision != "no":
+        raise recipe.RecipeError(
+            f"DeepSpeed with {' and '.join(halves) or accelerator.mixed_precision}: it would cast the weights, BatchNorm's "
+            'too; use --mixed_precision no and "torch_autocast": {"enabled": true, "dtype": "bfloat16"} in its JSON file'
+        )
+    if precision(accelerator) == "fp16":
+        raise recipe.RecipeError("DeepSpeed with float16: its loss scale cannot be saved without pickle; use bfloat16, or DDP")
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+        raise recipe.RecipeError("DeepSpeed with offload_optimizer: it would replace the recipe's optimizer by its own")
+    whole = [s for s in settings.students if s.optimizer not in ELEMENTWISE]
+    if stage and whole:
+        raise recipe.RecipeError(
+            f"DeepSpeed ZeRO stage {stage} with student {whole[0].name!r}'s optimizer {whole[0].optimizer!r}: the stage "
+            f"cuts all tensors into flat pieces, and {whole[0].optimizer} needs whole ones (LAMB's trust ratio is per tensor): "
+            f"use stage 0 or DDP, or one of {', '.join(sorted(ELEMENTWISE))}"
+        )
+
+
+def configure_deepspeed(accelerator, student, loader):
+    """The recipe's batch and clipping; DeepSpeed would clip at 1.0 if it were not told."""
+    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": loader.per_process,
+        "gradient_accumulation_steps": loader.accumulate,
+        "train_batch_size": loader.batch_size,
+        "gradient_clipping": student.clip_grad or 0.0,
+    }
 
 
 # ---------------------------------------------------------------- before and after the loop
@@ -360,6 +543,8 @@ def make_student(settings, student, teacher=None, labels=None):
             mean=student.mean,
             std=student.std,
         )
+        if student.grad_checkpointing:
+            checkpoint_activations(network.model, student)
         hard = losses.make_loss(student.hard.loss, losses.LABEL_LOSSES, smoothing=student.hard.smoothing)
         soft, taps = losses.make_loss(student.soft.loss, **student.soft.args) if student.soft else None, None
         if compares_features(student):
@@ -379,6 +564,14 @@ def make_student(settings, student, teacher=None, labels=None):
     except (ValueError, TypeError, AssertionError) as error:
         raise recipe.RecipeError(f"student {student.name!r}: {error}") from error
     return module, optimizer
+
+
+def checkpoint_activations(model, student):
+    """timm's activation checkpointing; ValueError for a network without it."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise ValueError(f"grad_checkpointing: {student.model} does not have it") from None
 
 
 def compares_features(student):
@@ -405,23 +598,29 @@ def make_loaders(settings, options, accelerator):
 def make_run(settings, folder, teacher, options):
     """Build everything of one run and bring it to where it was."""
     tracked = dict(log_with="tensorboard", project_config=ProjectConfiguration(str(folder), str(folder / "tensorboard")))
-    lead = Accelerator(**tracked)
+    lead = make_accelerator(**tracked)
     loader, test_loader = make_loaders(settings, options, lead)
     trainees = []
     labels = loader.labels() if any(map(compares_features, settings.students)) else None
     for student in settings.students:
         # one Accelerator per student: its own gradient scaler and its own count of accumulated batches
-        accelerator = Accelerator(gradient_accumulation_steps=loader.accumulate, **tracked)
+        accelerator = make_accelerator(gradient_accumulation_steps=loader.accumulate, **tracked)
         module, optimizer = make_student(settings, student, teacher, labels)
         if compares_features(student):
             share_memory(module, accelerator)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            configure_deepspeed(accelerator, student, loader)
+            module.to(memory_format=torch.contiguous_format)  # it flattens weights, and its broadcast fails on others
         module, optimizer = accelerator.prepare(module, optimizer)
         module.train()
-        net = accelerator.unwrap_model(module).net
-        ema = None if student.ema is None else ModelEmaV3(net, decay=student.ema)
-        trainees.append(Trainee(student, accelerator, module, optimizer, ema, {}))
-    taps = teacher_taps(settings, teacher)
-    run = Run(settings, folder, lead, trainees, teacher, taps, loader, test_loader, options.limit)
+        trainee = Trainee(student, accelerator, module, optimizer, None, {})
+        if student.ema is not None:
+            trainee.ema = ModelEmaV3(trainee.net, decay=student.ema)
+        trainees.append(trainee)
+    taps, dynamo = teacher_taps(settings, teacher), lead.state.dynamo_plugin
+    if teacher and dynamo.backend != DynamoBackend.NO:
+        teacher = torch.compile(teacher, **dynamo.to_kwargs())  # the students are compiled by `prepare`
+    run = Run(settings, folder, lead, trainees, teacher, taps, loader, test_loader, options.limit, Clock(lead.device))
     restore(run)
     for name, accelerator in [("run", lead), *((t.settings.name, t.accelerator) for t in trainees)]:
         accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
@@ -538,7 +737,7 @@ def environment(accelerator):
         "versions": {"python": platform.python_version()}
         | {m.__name__: m.__version__ for m in (torch, timm, accelerate, datasets, np)},
         "hardware": {"device": device, "cpus": os.cpu_count(), "processes": accelerator.num_processes},
-        "precision": accelerator.mixed_precision,
+        "precision": precision(accelerator),
     }
 
 
@@ -647,12 +846,9 @@ def finished(folder, limit):
 
 def run_recipe(path, overrides, out, options):
     """Train every run of a recipe into `out`; returns the results, one per seed."""
-    accelerator, launched = Accelerator(), int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:  # accelerate on a machine without GPUs: every process would train alone
-        raise recipe.RecipeError(
-            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}: see the README"
-        )
+    accelerator = make_accelerator()
     settings = load(path, overrides, options)
+    check_launch(settings, accelerator)
     check(settings, path, options, accelerator)
     folders = {
         seed: out / f"seed{seed}" if settings.runs > 1 else out for seed in range(settings.seed, settings.seed + settings.runs)
@@ -707,7 +903,7 @@ def describe(run):
             f"lr {t.settings.lr:g}, weight decay {t.settings.weight_decay:g}, "
             f"{t.settings.hard.weight:g} {t.settings.hard.loss}{soft}"
         )
-        module = t.accelerator.unwrap_model(t.module)
+        module = t.distilled
         memory = sum(b.nbytes for b in module.soft.buffers()) if module.taps else 0
         if module.taps:
             own = count_parameters(module.soft)

@@ -31,7 +31,7 @@ def run(path, out, *arguments, workers=0):
 def rows(out):
     """The metrics, without what a clock says."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "speed/images_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("speed/", "seconds/"))} for line in lines]
 
 
 def final_state(out):
