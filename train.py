@@ -173,7 +173,7 @@ def train(run):
             if mix:
                 images, target = mix(images, target)
             run.clock.mark("data")
-            taught = teach(run, images) if run.teacher else None
+            taught = None if run.teacher is None else teach(run, images)
             run.clock.mark("teacher")
             for trainee in run.trainees:
                 data.seed_all(*randomness)  # the same dropout, alone or in company
@@ -618,8 +618,9 @@ def make_run(settings, folder, teacher, options):
             trainee.ema = ModelEmaV3(trainee.net, decay=student.ema)
         trainees.append(trainee)
     taps, dynamo = teacher_taps(settings, teacher), lead.state.dynamo_plugin
-    if teacher and dynamo.backend != DynamoBackend.NO:
+    if teacher is not None and dynamo.backend != DynamoBackend.NO:
         teacher = torch.compile(teacher, **dynamo.to_kwargs())  # the students are compiled by `prepare`
+        torch._dynamo.config.recompile_limit = 4 * len(trainees) + 4  # they share Distilled.forward: a graph for each
     run = Run(settings, folder, lead, trainees, teacher, taps, loader, test_loader, options.limit, Clock(lead.device))
     restore(run)
     for name, accelerator in [("run", lead), *((t.settings.name, t.accelerator) for t in trainees)]:
@@ -697,6 +698,8 @@ def write_result(run, teacher_scores):
         log_losses(run)  # after the last checkpoint: the rows of a shortened interval are not those of a resumed run
     if run.trainees[0].last is None or run.trainees[0].last["step"] != run.step:
         log_accuracy(run)
+    seconds = {name: round(total / run.step, 6) for name, total in run.clock.total.items()}
+    lead.print("seconds a step: " + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()))
     if not lead.is_main_process:
         return None
     students = []
@@ -717,6 +720,8 @@ def write_result(run, teacher_scores):
         "epochs": run.step / run.loader.steps_per_epoch,
         "limit": run.limit,
         "seconds": round(run.seconds, 1),
+        "seconds_per_step": seconds,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if lead.device.type == "cuda" else None,
         "images_per_second": round(run.step * run.settings.batch_size / run.seconds, 1),
         **environment(lead),
         "recipe": dataclasses.asdict(run.settings),
@@ -890,7 +895,7 @@ def describe(run):
         f"  batch: {settings.batch_size} = {loader.world} processes x {loader.per_process} x {loader.accumulate} accumulated",
     ]
     fixed, kept = 0, 0
-    if run.teacher:
+    if run.teacher is not None:
         fixed += 4 * count_parameters(run.teacher)
         size = run.teacher.size or settings.data.size
         lines.append(
@@ -911,12 +916,11 @@ def describe(run):
                 f"    its loss trains {own:,} parameters and keeps {_gigabytes(memory)}, features at taps {list(module.taps)}"
             )
         moments = 1 if isinstance(t.optimizer.optimizer, torch.optim.SGD) else 2
-        fixed += memory + 4 * count_parameters(t.module) * (2 + moments + bool(t.ema))  # weights, gradients, moments, average
-        kept = max(kept, loader.per_process * activation_bytes(t.net, settings.data.size, t.accelerator))
-    lines.append(
-        f"  memory a process, about: {_gigabytes(fixed)} of weights, gradients and optimizer, "
-        f"{_gigabytes(kept)} of activations for {loader.per_process} images"
-    )
+        own = memory + 4 * count_parameters(module) * (2 + moments + bool(t.ema))  # weights, gradients, moments, average
+        activations = loader.per_process * activation_bytes(t.net, settings.data.size, t.accelerator)
+        lines.append(f"    memory, about: {_memory(own, activations, loader)}")
+        fixed, kept = fixed + own, max(kept, activations)
+    lines.append(f"  memory a process, about: {_memory(fixed, kept, loader)}")
     run.lead.print("\n".join(lines))
 
 
@@ -933,6 +937,11 @@ def activation_bytes(network, size, accelerator):
         logits = network(torch.zeros(2, 3, size, size, device=accelerator.device))  # its graph keeps what was saved alive
     del logits
     return sum(n for address, n in saved.items() if address not in weights) / 2
+
+
+def _memory(fixed, activations, loader):
+    kept = f"{_gigabytes(activations)} of activations for {loader.per_process} images"
+    return f"{_gigabytes(fixed)} of weights, gradients and optimizer, {kept}"
 
 
 def _gigabytes(n):

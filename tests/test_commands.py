@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import ROOT, STUDENT, write
-
-import train
+from conftest import ROOT
 
 
 def launch(arguments, cwd=ROOT, **environment):
@@ -34,24 +32,3 @@ def test_the_quickstart(tmp_path):
     }
     assert results[0]["teacher"]["top1"] > 97 and min(means.values()) > 90
     assert means["kd"] > means["alone"]
-
-
-def test_two_processes_train_and_evaluate_together(tmp_path):
-    """Two real processes make the steps of one: the same losses to rounding (no BatchNorm), each test image counted once."""
-    vit = dict(
-        model="vit_tiny_patch16_224", model_args={"img_size": 8, "patch_size": 4, "depth": 1, "embed_dim": 24, "num_heads": 3}
-    )
-    path = write(tmp_path / "r.json", students=[dict(STUDENT, **vit, soft=None)], batch_size_per_process=32, epochs=1)
-    run = ["train.py", str(path), "--workers", "0", "--out"]
-    common = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    train.main([*run[1:], str(tmp_path / "one")])
-    two = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    launch(["launch", *common, *two, *run, str(tmp_path / "two")], ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two"))
-    assert (one["hardware"]["processes"], two["hardware"]["processes"]) == (1, 2)
-    assert one["students"][0]["last"]["n"] == two["students"][0]["last"]["n"] == 899
-    rows = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
-    assert len(rows[0]) == len(rows[1]) == 4
-    for a, b in zip(*rows, strict=True):
-        if "loss/kd" in a:
-            np.testing.assert_allclose(a["loss/kd"], b["loss/kd"], rtol=1e-5)
