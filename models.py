@@ -422,16 +422,16 @@ class Distilled(nn.Module):
         """taught (teacher logits, teacher features or None), target [B] ids or [B, K] probabilities, index [B] image ids,
         soft_weight a scalar tensor: as a number, torch.compile would build a new graph for each of its values.
 
-        -> {"loss", "hard", "soft"}: float32 scalars, "loss" with a gradient.
+        -> {"loss", "hard", "soft"}: float32 scalars. None is detached: compiled, "loss" and "hard" can be one tensor.
         """
         logits, features = self.net(images, self.taps, self.preactivation) if self.taps else (self.net(images), None)
         with torch.autocast(images.device.type, enabled=False):  # losses in float32, whatever the networks run in
             hard = self.hard(logits, target)
             if self.soft is None:
-                return {"loss": self.hard_weight * hard, "hard": hard.detach()}
+                return {"loss": self.hard_weight * hard, "hard": hard}
             teacher_logits, teacher_features = taught
             if self.taps:
                 soft = self.soft(features, teacher_features, target, index)
             else:
                 soft = self.soft(logits, teacher_logits, target)
-        return {"loss": self.hard_weight * hard + soft_weight * soft, "hard": hard.detach(), "soft": soft.detach()}
+        return {"loss": self.hard_weight * hard + soft_weight * soft, "hard": hard, "soft": soft}

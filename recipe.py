@@ -198,7 +198,7 @@ def load(path, overrides=()):
     Raises RecipeError naming the file, the path in it, what was found, what was expected and the nearest known key.
     """
     where, errors = str(path), []
-    tree = _read(path)
+    tree = read_json(path)
     for override in overrides:
         problem = _apply(tree, override)
         if problem:
@@ -268,23 +268,24 @@ def _check_depth(tree, left):
         _check_depth(value, left - 1)
 
 
-def _read(path):
+def read_json(path, max_bytes=MAX_BYTES):
+    """The JSON in a file of this project; RecipeError for one that cannot be read, is too large, too deep or not JSON."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+            raw = file.read(max_bytes + 1)
     except OSError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
         raise RecipeError(f"{path}: cannot be read: {error.strerror}{_did_you_mean(near)}") from None
     except ValueError as error:  # a NUL in the path
         raise RecipeError(f"{str(path)!r}: cannot be read: {error}") from None
-    if len(raw) > MAX_BYTES:
-        raise RecipeError(f"{path}: larger than {MAX_BYTES} bytes, not a recipe")
+    if len(raw) > max_bytes:
+        raise RecipeError(f"{path}: larger than {max_bytes} bytes")
     try:
         return _parse(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise RecipeError(f"{path}: not a JSON recipe: {reason}") from None
+        raise RecipeError(f"{path}: not a JSON file: {reason}") from None
 
 
 def _apply(tree, override):

@@ -15,13 +15,17 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import fcntl
+import hashlib
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +34,7 @@ from pathlib import Path
 import accelerate
 import datasets
 import numpy as np
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -45,7 +50,13 @@ import models
 import recipe
 from evaluate import accuracy, table, to_float
 
+COUNTERS = ("summed", "skipped", "skipped_in_a_row", "overflows", "last", "best")  # of a student, saved as JSON
+MAX_STATE_BYTES = 16 << 20  # of a checkpoint's JSON files
 KEEP_CHECKPOINTS = 2
+MAX_FAILED_SAVES = 3  # in a row; then the run stops with EXIT_UNSAVED
+MAX_SKIPPED_STEPS = 10  # in a row, or more than 1 % of a run's steps
+MIN_GRADIENT_SCALE = 1e-3  # float16's scale starts at 65536 and halves with every overflow
+EXIT_UNSAVED = 74  # EX_IOERR of sysexits.h
 BOARD = {"train": ("loss", "hard", "soft", "lr", "seconds"), "test": ("top1", "top5", "top1_ema", "top5_ema")}  # TensorBoard
 RUN_BOARD = ("epoch", "speed/images_per_second", "seconds/data", "seconds/teacher")
 ELEMENTWISE = {"sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "lion", "rmsprop"}  # blind to where a tensor ends
@@ -54,6 +65,22 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and why."""
+
+    exit_code = 1
+
+
+class Unsaved(TrainingError):
+    """Checkpoints cannot be written any more; the older ones are valid."""
+
+    exit_code = EXIT_UNSAVED
+
+
+class Stopped(TrainingError):
+    """A signal stopped the run, after a checkpoint."""
+
+    def __init__(self, message, signal_number):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 # ---------------------------------------------------------------- functions of the step
@@ -90,6 +117,11 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
     sums: dict  # loss terms since the last log row, on the device: reading them is a synchronisation
+    parts: list = dataclasses.field(default_factory=list)  # the terms of this step's batches
+    summed: int = 0  # batches in `sums`
+    skipped: int = 0  # steps left out because a gradient was not finite
+    skipped_in_a_row: int = 0
+    overflows: int = 0  # steps that float16's gradient scaler left out: a matter of course
     last: dict | None = None  # the newest scores, with their step
     best: dict | None = None
 
@@ -117,9 +149,12 @@ class Run:
     test_loader: object
     limit: int | None
     clock: "Clock"
+    signals: "Signals"
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent in them, over all resumptions
     timed: tuple = (0, 0.0)  # steps and seconds since the last log row
+    failed_saves: int = 0  # in a row
+    unwritten: list = dataclasses.field(default_factory=list)  # log rows that the disk did not take
 
     @property
     def stop(self):
@@ -182,6 +217,7 @@ def train(run):
                 learn(trainee, images, taught, target, index, lr, soft_weight)
                 run.clock.mark(trainee.settings.name)
         run.step += 1
+        check_finite(run, index)
         took = time.perf_counter() - started
         run.seconds, run.timed = run.seconds + took, (run.timed[0] + 1, run.timed[1] + took)
 
@@ -194,6 +230,9 @@ def train(run):
         if run.step % (settings.save_every or loader.steps_per_epoch) == 0 or run.step == run.stop:
             save(run)
         progress.update()
+        if signal_number := run.signals.agreed():
+            save(run)
+            raise Stopped(f"{run.folder}: stopped by signal {signal_number} at step {run.step}: --resume", signal_number)
     progress.close()
 
 
@@ -214,17 +253,108 @@ def learn(trainee, images, taught, target, index, lr, soft_weight):
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         terms = trainee.module(images, taught, target, index, torch.full((), soft_weight, device=images.device))
+        trainee.parts.append({name: term.detach() for name, term in terms.items()})
         recomputed = trainee.settings.grad_checkpointing
         with models.frozen_statistics(trainee.module) if recomputed else contextlib.nullcontext():
             accelerator.backward(terms["loss"])  # with DeepSpeed also clips and steps: what follows is then without effect
-        if accelerator.sync_gradients and trainee.settings.clip_grad is not None:
-            accelerator.clip_grad_norm_(trainee.module.parameters(), trainee.settings.clip_grad)
+        if not accelerator.sync_gradients:
+            return
+        if not math.isfinite(gradient_norm(trainee)):  # of averaged gradients: the same on every process
+            optimizer.zero_grad()
+            trainee.skipped, trainee.skipped_in_a_row = trainee.skipped + 1, trainee.skipped_in_a_row + 1
+            return
         optimizer.step()
         optimizer.zero_grad()
-        if trainee.ema and accelerator.sync_gradients:
+        trainee.skipped_in_a_row = 0
+        if trainee.ema:
             trainee.ema.update(trainee.net)
-    for name, term in terms.items():
-        trainee.sums[name] = trainee.sums.get(name, 0.0) + term.detach()
+    if optimizer.step_was_skipped:
+        trainee.overflows += 1
+    else:
+        for terms in trainee.parts:
+            trainee.sums = {name: trainee.sums.get(name, 0.0) + term for name, term in terms.items()}
+        trainee.summed += len(trainee.parts)
+    trainee.parts = []
+
+
+def gradient_norm(trainee):
+    """The global norm of the gradients, which are clipped where the recipe says so. The one synchronisation of a step.
+
+    0.0 with float16's gradient scaler, which looks for overflows itself.
+    """
+    clip, scaled = trainee.settings.clip_grad, trainee.accelerator.scaler is not None
+    if trainee.accelerator.distributed_type == DistributedType.DEEPSPEED:  # has stepped already: the loss must tell
+        return trainee.accelerator.reduce(trainee.parts[-1]["loss"].clone(), "sum").item()
+    if clip is not None:
+        norm = trainee.accelerator.clip_grad_norm_(trainee.module.parameters(), clip)
+        return 0.0 if scaled else norm.item()
+    if scaled:
+        return 0.0
+    gradients = [p.grad for p in trainee.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).item()
+
+
+def check_finite(run, index):
+    """Too many steps without a finite gradient end the run, with a dump; the older checkpoints are good."""
+    for trainee in run.trainees:
+        if not trainee.skipped_in_a_row:
+            continue
+        name, scaler = trainee.settings.name, trainee.accelerator.scaler
+        terms = [{term: value.item() for term, value in part.items()} for part in trainee.parts]
+        trainee.parts = []
+        many = trainee.skipped_in_a_row >= MAX_SKIPPED_STEPS or trainee.skipped > max(MAX_SKIPPED_STEPS, run.stop / 100)
+        if not many and trainee.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            run.lead.print(f"warning: student {name!r}: gradient not finite, step {run.step} skipped, {trainee.skipped} so far")
+            continue
+        dump = run.folder / f"not-finite-{name}-{run.step}.json"
+        told = {"step": run.step, "student": name, "terms": terms, "images of the last batch": index.tolist()}
+        told |= {
+            "lr": trainee.optimizer.param_groups[0]["lr"],
+            "scale": scaler and scaler.get_scale(),
+            "skipped": trainee.skipped,
+        }
+        if run.lead.is_main_process:
+            recipe.write_atomic(dump, json.dumps(told, indent=2) + "\n")
+        raise TrainingError(
+            f"student {name!r}: the gradient is not finite at step {run.step}, loss {terms[-1]['loss']}: {dump}"
+        )
+    for trainee in run.trainees:
+        scaler = trainee.accelerator.scaler
+        if trainee.overflows and scaler and scaler.get_scale() < MIN_GRADIENT_SCALE:
+            raise TrainingError(
+                f"student {trainee.settings.name!r}: float16's gradient scale fell to {scaler.get_scale():.3g} by step "
+                f"{run.step}: every gradient overflows; try --mixed_precision bf16"
+            )
+
+
+class Signals:
+    """SIGTERM and the first Ctrl-C are remembered until the end of a step; the second Ctrl-C leaves at once."""
+
+    def __init__(self, processes):
+        self.received = 0
+        # gloo, whatever the gradients use: the processes agree without waiting for their GPUs
+        self.group = torch.distributed.new_group(backend="gloo") if processes > 1 else None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def remember(self, number, _):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self):
+        """The signal that any process received, on all of them; 0 for none."""
+        if self.group is None:
+            return self.received
+        flag = torch.tensor(self.received)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(flag)
 
 
 # ---------------------------------------------------------------- what is written while it runs
@@ -233,23 +363,22 @@ def learn(trainee, images, taught, target, index, lr, soft_weight):
 def log_losses(run):
     """Write a row of mean loss terms, learning rates and speed since the last one; returns the mean loss for people."""
     steps, seconds = run.timed
-    row, every = {}, (run.step - 1) % run.settings.log_every + 1
+    row = {}
     for trainee in run.trainees:
         name = trainee.settings.name
         for term, total in trainee.sums.items():
-            row[f"{term}/{name}"] = trainee.accelerator.reduce(total / (every * run.loader.accumulate), "mean").item()
+            row[f"{term}/{name}"] = trainee.accelerator.reduce(total / trainee.summed, "mean").item()
         row[f"lr/{name}"] = trainee.optimizer.param_groups[0]["lr"]
-        trainee.sums = {}
-        if not math.isfinite(row[f"loss/{name}"]):
-            raise TrainingError(
-                f"student {name!r}: the loss is {row[f'loss/{name}']} within steps {run.step - every}..{run.step}"
-            )
+        row |= {f"{what}/{name}": n for what, n in (("skipped", trainee.skipped), ("overflows", trainee.overflows)) if n}
+        trainee.sums, trainee.summed = {}, 0
+        if not math.isfinite(row.get(f"loss/{name}", 0.0)):
+            raise TrainingError(f"student {name!r}: the loss is {row[f'loss/{name}']} by step {run.step}")
     row["speed/images_per_second"] = steps * run.settings.batch_size / seconds
     run.clock.read()
     row |= {f"seconds/{name}": seconds / steps for name, seconds in run.clock.window.items()}  # of a step
     run.timed, run.clock.window = (0, 0.0), {}
     write_row(run, row)
-    return sum(row[f"loss/{t.settings.name}"] for t in run.trainees) / len(run.trainees)
+    return np.mean([row.get(f"loss/{t.settings.name}", math.nan) for t in run.trainees])
 
 
 def log_accuracy(run):
@@ -276,36 +405,73 @@ def log_accuracy(run):
 def write_row(run, row):
     row = {"step": run.step, "epoch": round(run.step / run.loader.steps_per_epoch, 4), **row}
     if run.lead.is_main_process:
-        with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    # On the board every student is a run of its own, so that one chart compares them.
-    run.lead.log({key: value for key, value in row.items() if key in RUN_BOARD}, step=run.step)
-    for trainee in run.trainees:
-        own = {f"{part}/{m}": row.get(f"{m}/{trainee.settings.name}") for part, ms in BOARD.items() for m in ms}
-        trainee.accelerator.log({key: value for key, value in own.items() if value is not None}, step=run.step)
+        run.unwritten.append(row)
+        write_rows(run)
+    try:
+        # On the board every student is a run of its own, so that one chart compares them.
+        run.lead.log({key: value for key, value in row.items() if key in RUN_BOARD}, step=run.step)
+        for trainee in run.trainees:
+            own = {f"{part}/{m}": row.get(f"{m}/{trainee.settings.name}") for part, ms in BOARD.items() for m in ms}
+            trainee.accelerator.log({key: value for key, value in own.items() if value is not None}, step=run.step)
+    except OSError as error:
+        run.lead.print(f"warning: TensorBoard did not get the row of step {run.step}: {error}")
+
+
+def write_rows(run):
+    """Append what is unwritten to metrics.jsonl, whole lines or nothing; a full disk keeps them for the next time."""
+    path = run.folder / "metrics.jsonl"
+    try:
+        with open(path, "ab", buffering=0) as file:
+            before, text = file.tell(), "".join(json.dumps(row) + "\n" for row in run.unwritten).encode()
+            if file.write(text) < len(text):
+                file.truncate(before)
+                raise OSError("no space left")
+        run.unwritten = []
+    except OSError as error:
+        run.lead.print(f"warning: {path} did not take {len(run.unwritten)} rows, which are kept for the next: {error}")
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
 def save(run):
-    """checkpoints/step-N: tensors as safetensors, the rest as JSON. The folder appears complete or not at all."""
+    """A checkpoint of now. One that cannot be written is reported; the run stops after MAX_FAILED_SAVES of them in a row."""
     sums = [{term: run.lead.reduce(total, "mean").item() for term, total in t.sums.items()} for t in run.trainees]
     optimizers = [optimizer_state(trainee) for trainee in run.trainees]
     run.clock.read()
+    for trainee in run.trainees:
+        if bad := [k for k, v in trainee.distilled.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
+            raise TrainingError(f"student {trainee.settings.name!r}: {bad[0]} is not finite at step {run.step}: not saved")
     if not run.lead.is_main_process:
         return
-    folder, metrics = run.folder / "checkpoints", run.folder / "metrics.jsonl"
+    try:
+        write_checkpoint(run, sums, optimizers)
+        run.failed_saves = 0
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # a full disk is all three
+        run.failed_saves += 1
+        shutil.rmtree(run.folder / "checkpoints" / f".tmp-{run.step}", ignore_errors=True)
+        told = f"{run.folder}: no checkpoint at step {run.step}: {error}"
+        if run.failed_saves == MAX_FAILED_SAVES:
+            raise Unsaved(f"{told}; {MAX_FAILED_SAVES} in a row. Older ones are valid: make room and --resume") from error
+        run.lead.print(f"warning: {told}; the run goes on, older checkpoints are valid")
+
+
+def write_checkpoint(run, sums, optimizers):
+    """checkpoints/step-N: tensors as safetensors, the rest as JSON, digests of all. It appears complete or not at all."""
+    folder = run.folder / "checkpoints"
     temporary, final = folder / f".tmp-{run.step}", folder / f"step-{run.step:08d}"
     if final.exists():
         return
+    folder.mkdir(exist_ok=True)  # not its parents: a run's folder that vanished is an error
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state = {"step": run.step, "seconds": run.seconds, "timed": run.timed, "workers": run.loader.workers, "students": {}}
-    state["clock"] = {"window": run.clock.window, "total": run.clock.total}
+    check_space(run, folder)
+    temporary.mkdir()
+    write_rows(run)
+    metrics = run.folder / "metrics.jsonl"
     with open(metrics, "ab") as file:
         os.fsync(file.fileno())
-        state["metrics_bytes"] = file.tell()
+    state = {"step": run.step, "seconds": run.seconds, "timed": run.timed, "workers": run.loader.workers, "students": {}}
+    state |= {"clock": {"window": run.clock.window, "total": run.clock.total}, "metrics_bytes": metrics.stat().st_size}
     for trainee, own_sums, optimizer in zip(run.trainees, sums, optimizers, strict=True):
         name = trainee.settings.name
         optimizer_tensors, optimizer_rest = split_optimizer_state(optimizer)
@@ -317,10 +483,10 @@ def save(run):
             "optimizer": optimizer_rest,
             "scaler": trainee.accelerator.scaler.state_dict() if trainee.accelerator.scaler else None,
             "sums": own_sums,
-            "last": trainee.last,
-            "best": trainee.best,
+            **{key: getattr(trainee, key) for key in COUNTERS},
         }
     recipe.write_atomic(temporary / "state.json", json.dumps(state))
+    recipe.write_atomic(temporary / "manifest.json", json.dumps(manifest(run, temporary), indent=2) + "\n")
     recipe.sync_directory(temporary)
     os.replace(temporary, final)
     recipe.sync_directory(folder)
@@ -328,15 +494,83 @@ def save(run):
         shutil.rmtree(old, ignore_errors=True)
 
 
+def check_space(run, folder):
+    """OSError if the disk has no room for 1.2 times the last checkpoint: a half-written one would fill it for all."""
+    if found := checkpoints(run.folder):
+        needed, free = 1.2 * sum(p.stat().st_size for p in found[-1].iterdir()), shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(f"{free:,} bytes are free, {int(needed):,} are needed")
+
+
+def manifest(run, folder):
+    """What a checkpoint consists of: a flipped bit or a lost page of it shows in neither safetensors nor the file system."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
+    settings = hashlib.sha256(recipe.dump(run.settings).encode()).hexdigest()
+    place = {"step": run.step, "epoch": run.step / run.loader.steps_per_epoch, "recipe_sha256": settings}
+    world = {"processes": run.lead.num_processes, "batch_size": run.settings.batch_size}
+    return {"schema": 1, **place, **world, "versions": {m.__name__: m.__version__ for m in (torch, timm)}, "files": files}
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def checkpoints(folder):
     """Complete checkpoints of a run, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"))
+    return sorted(p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+
+
+def problem_of(folder):
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = recipe.read_json(folder / "manifest.json", MAX_STATE_BYTES)["files"]
+        for name, wanted in files.items():
+            path = folder / name
+            if path.name != name or path.is_symlink():
+                return f"manifest.json names {name!r}, which is not a plain file of its folder"
+            if path.stat().st_size != wanted["bytes"] or sha256(path) != wanted["sha256"]:
+                return f"{name} is not what was written"
+        return None if "state.json" in files else "manifest.json does not name state.json"
+    except (OSError, recipe.RecipeError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def newest_valid(run):
+    """The newest checkpoint that is as it was written; invalid ones are renamed .bad-*, never deleted.
+
+    None where the run has never saved; TrainingError where it has and nothing is left: starting over is not for us to decide.
+    """
+    bad = []
+    for folder in reversed(checkpoints(run.folder)):
+        if (problem := problem_of(folder)) is None:
+            if bad and run.lead.is_main_process:
+                run.lead.print("\n".join(f"warning: {line}" for line in bad) + f"\nwarning: going on from {folder.name}")
+            return folder
+        bad.append(f"{folder} is damaged ({problem}): set aside as .bad-{folder.name}")
+    if bad or list((run.folder / "checkpoints").glob(".bad-*")):
+        raise TrainingError("\n".join([*bad, f"{run.folder}: no valid checkpoint is left; --overwrite starts again"]))
+    return None
+
+
+def set_aside(folder):
+    """Rename the damaged checkpoints that are newer than the newest valid one, or all."""
+    for path in reversed(checkpoints(folder)):
+        if problem_of(path) is None:
+            return
+        aside = path.with_name(f".bad-{path.name}")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}+")
+        os.replace(path, aside)
 
 
 def restore(run):
-    """Continue from the newest checkpoint, if there is one. Rows that were logged after it are cut off."""
-    found = checkpoints(run.folder)
-    state = json.loads((found[-1] / "state.json").read_text()) if found else {"step": 0, "metrics_bytes": 0}
+    """Continue from the newest valid checkpoint, if there is one. Rows that were logged after it are cut off."""
+    found = newest_valid(run)
+    run.lead.wait_for_everyone()
+    if run.lead.is_main_process:
+        set_aside(run.folder)
+    state = recipe.read_json(found / "state.json", MAX_STATE_BYTES) if found else {"step": 0, "metrics_bytes": 0}
     metrics = run.folder / "metrics.jsonl"
     if run.lead.is_main_process and metrics.exists():
         os.truncate(metrics, state["metrics_bytes"])
@@ -348,15 +582,16 @@ def restore(run):
     run.clock.window, run.clock.total = state["clock"]["window"], state["clock"]["total"]
     for trainee in run.trainees:
         name, own = trainee.settings.name, state["students"][trainee.settings.name]
-        trainee.distilled.load_state_dict(safetensors.torch.load_file(found[-1] / f"{name}.safetensors"))
-        tensors = safetensors.torch.load_file(found[-1] / f"{name}.optimizer.safetensors")
+        trainee.distilled.load_state_dict(safetensors.torch.load_file(found / f"{name}.safetensors"))
+        tensors = safetensors.torch.load_file(found / f"{name}.optimizer.safetensors")
         load_optimizer_state(trainee, join_optimizer_state(tensors, own["optimizer"]))
         if trainee.ema:
-            trainee.ema.module.load_state_dict(safetensors.torch.load_file(found[-1] / f"{name}.ema.safetensors"))
+            trainee.ema.module.load_state_dict(safetensors.torch.load_file(found / f"{name}.ema.safetensors"))
         if own["scaler"]:
             trainee.accelerator.scaler.load_state_dict(own["scaler"])
         trainee.sums = {term: torch.tensor(total, device=run.lead.device) for term, total in own["sums"].items()}
-        trainee.last, trainee.best = own["last"], own["best"]
+        for key in COUNTERS:
+            setattr(trainee, key, own[key])
 
 
 def optimizer_state(trainee):
@@ -621,7 +856,8 @@ def make_run(settings, folder, teacher, options):
     if teacher is not None and dynamo.backend != DynamoBackend.NO:
         teacher = torch.compile(teacher, **dynamo.to_kwargs())  # the students are compiled by `prepare`
         torch._dynamo.config.recompile_limit = 4 * len(trainees) + 4  # they share Distilled.forward: a graph for each
-    run = Run(settings, folder, lead, trainees, teacher, taps, loader, test_loader, options.limit, Clock(lead.device))
+    clock, signals = Clock(lead.device), Signals(lead.num_processes)
+    run = Run(settings, folder, lead, trainees, teacher, taps, loader, test_loader, options.limit, clock, signals)
     restore(run)
     for name, accelerator in [("run", lead), *((t.settings.name, t.accelerator) for t in trainees)]:
         accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
@@ -672,13 +908,13 @@ def trained(path, parent, options, accelerator):
     if not finished(folder, None):
         folder = parent / (path.stem + limit_suffix(options))
         run_recipe(path, [], folder, dataclasses.replace(options, resume=folder.exists()))
-    changes = differences(json.loads((folder / "recipe.json").read_text()), json.loads(recipe.dump(load(path, [], options))))
+    changes = differences(recipe.read_json(folder / "recipe.json"), json.loads(recipe.dump(load(path, [], options))))
     if changes:
         accelerator.print(f"note: the teacher in {folder} was trained with other settings than {path}: {'; '.join(changes)}")
     return folder
 
 
-HARMLESS = {"about", "paper", "log_every", "evaluate_every", "save_every", "runs"}
+HARMLESS = {"about", "paper", "log_every", "evaluate_every", "save_every", "runs", "max_broken", "grad_checkpointing"}
 
 
 def differences(old, new, path=""):
@@ -825,26 +1061,45 @@ def untrained_teacher(settings, path, options):
 def open_folder(folder, settings, options):
     """Make a run's folder, or check that it may be continued or replaced. The recipe as it runs is written into it."""
     here, text = folder / "recipe.json", recipe.dump(settings)
-    if folder.exists() and {p.name for p in folder.iterdir()} - {"recipe.json"}:  # alone, it is of a start that failed
+    if {p.name for p in folder.iterdir()} - {"recipe.json", ".lock"}:  # alone, they are of a start that failed
         if not here.exists():
             raise recipe.RecipeError(f"{folder}: not empty, and not the folder of a run (no recipe.json): choose another --out")
         if options.overwrite:
-            shutil.rmtree(folder)
+            for path in folder.iterdir():
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         elif not options.resume:
             raise recipe.RecipeError(f"{folder}: holds a run already: continue it with --resume or replace it with --overwrite")
-        elif changes := differences(json.loads(here.read_text()), json.loads(text)):
+        elif changes := differences(recipe.read_json(here), json.loads(text)):
             lines = "\n  ".join(changes)
             raise recipe.RecipeError(f"{folder}: --resume with other settings than the run began with:\n  {lines}")
     folder.mkdir(parents=True, exist_ok=True)
     recipe.write_atomic(here, text)
 
 
+def lock(folder):
+    """Hold a run's folder for this process; the kernel lets go of it when the process ends, however it ends.
+
+    A POSIX record lock, which loader workers do not inherit: flock would outlive a killed trainer in them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  open as long as it is held
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise recipe.RecipeError(f"{folder}: another run holds it: {file.read().strip()}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
+
+
 def finished(folder, limit):
     """The result of a run that reached its end (or `limit` steps), or None."""
-    try:
-        result = json.loads((folder / "result.json").read_text())
-    except FileNotFoundError:
+    if not (folder / "result.json").exists():
         return None
+    result = recipe.read_json(folder / "result.json", MAX_STATE_BYTES)
     complete = result["limit"] is None or (limit is not None and result["steps"] >= limit)
     return result if complete else None
 
@@ -858,8 +1113,10 @@ def run_recipe(path, overrides, out, options):
     folders = {
         seed: out / f"seed{seed}" if settings.runs > 1 else out for seed in range(settings.seed, settings.seed + settings.runs)
     }
+    locks = []
     if accelerator.is_main_process:
         for seed, folder in folders.items():
+            locks.append(lock(folder))
             open_folder(folder, dataclasses.replace(settings, seed=seed, runs=1), options)
     accelerator.wait_for_everyone()
     teacher, teacher_scores = (None, None)
@@ -871,12 +1128,15 @@ def run_recipe(path, overrides, out, options):
         if result is None:
             run = make_run(dataclasses.replace(settings, seed=seed, runs=1), folder, teacher, options)
             describe(run)
-            train(run)
-            result = write_result(run, teacher_scores)
+            with run.signals:
+                train(run)
+                result = write_result(run, teacher_scores)
             for tracker in [*run.lead.trackers, *(tracker for t in run.trainees for tracker in t.accelerator.trackers)]:
                 tracker.finish()
         results.append(result)
     accelerator.wait_for_everyone()
+    for held in locks:
+        held.close()
     if accelerator.is_main_process:
         print(f"\n{out}\n{summary(results)}")
     return results
@@ -1012,7 +1272,7 @@ def main(arguments=None):
         sys.exit(2)
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_code)
     Accelerator().end_training()
 
 

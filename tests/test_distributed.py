@@ -40,7 +40,12 @@ def student(name, loss=None, **changes):
         "rkd": {"distance": 25.0, "angle": 50.0},
     }
     arguments |= {"crd": {"dim": 8, "negatives": 32, "temperature": 0.07, "momentum": 0.5}}
-    soft = loss and {"loss": loss, "weight": 1.0, "warmup_epochs": 3 * (loss == "dkd"), "args": arguments[loss]}
+    soft = loss and {
+        "loss": loss,
+        "weight": 0.02 if loss == "cc" else 1.0,
+        "warmup_epochs": 3 * (loss == "dkd"),
+        "args": arguments[loss],
+    }
     return dict(STUDENT, **VIT, name=name, soft=soft, **changes)
 
 
@@ -82,6 +87,10 @@ def losses_of(out):
         k: [line[k] for line in lines if k in line]
         for k in sorted({k for line in lines for k in line if k.startswith("loss/")})
     }
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def tensors(out):
@@ -216,6 +225,8 @@ def test_every_student_has_its_own_gradient_scaler(tmp_path, teacher_file, monke
     monkeypatch.setattr(train, "precision", lambda accelerator: "no")
     alone(path, tmp_path / "scaled")
     state = json.loads((train.checkpoints(tmp_path / "scaled")[-1] / "state.json").read_text())["students"]
+    assert (state["kd"]["overflows"], state["kd"]["skipped"], state["dkd"]["skipped"]) == (0, 0, 0)  # told apart from NaNs
+    assert state["dkd"]["overflows"] >= 10 and rows(tmp_path / "scaled")[0]["lr/dkd"] == rows(tmp_path / "plain")[0]["lr/dkd"]
     assert state["kd"]["scaler"]["scale"] == 2.0**10 and state["dkd"]["scaler"]["scale"] < 2.0**126
     plain, scaled = tensors(tmp_path / "plain"), tensors(tmp_path / "scaled")
     for key, value in plain.items():
