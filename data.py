@@ -7,6 +7,10 @@ Batches are (images uint8 [B, 3, size, size], labels int64 [B], index int64 [B])
 network's own normalisation happen on the device. What an image looks like in an epoch depends only on (seed, epoch, its
 id), never on workers, processes or what came before: results do not change with the number of workers, and a run can be
 resumed at any step without saved generator states.
+
+A training image that cannot be decoded is skipped, counted and named, up to `data.max_broken`; its place in the batch is
+taken by another crop of a good image of that batch, so that batches keep their sizes and their order. Evaluation skips
+nothing: a score over fewer images would be another score.
 """
 
 import dataclasses
@@ -37,10 +41,15 @@ from torchvision import transforms
 
 DIGITS_TRAIN = 898  # of scikit-learn's 1,797 digits
 DIGITS_SHARDS = 8  # where they are streamed
+MAX_PIXELS = 89_478_485  # PIL warns of a decompression bomb above this, and refuses twice of it; here both are refused
 
 
 class DataError(ValueError):
     """The data cannot be used as the recipe says; the message says what was found and what to do."""
+
+
+class BrokenImage(DataError):
+    """One image's bytes are not an image. Training goes on without it, see TrainLoader."""
 
 
 # ---------------------------------------------------------------- sources
@@ -54,6 +63,7 @@ class Split:
     ids: list | None  # class id of each label of the source; None: they are the class ids
     names: list | None  # the classes by id, where the source names all of them
     files: list  # what it is read from, one file a shard; for image folders the images; none for "digits"
+    beside: dict  # the same of every split of the source, by split
 
 
 def open_split(data, split):
@@ -77,7 +87,7 @@ def open_split(data, split):
         names = [name for _, name in sorted(zip(ids, names, strict=True))] if len(names) == data.classes else None
     # Decoding is ours: one decode error inside a streamed iterator would end the epoch in silence.
     rows = rows.select_columns([data.image, data.label]).cast_column(data.image, datasets.Image(decode=False))
-    return Split(rows, ids, names, files.get(split, []))
+    return Split(rows, ids, names, files.get(split, []), files)
 
 
 def class_ids(source, names, classes):
@@ -89,7 +99,7 @@ def class_ids(source, names, classes):
     """
     imagenet = ImageNetInfo() if classes == 1000 else None
     numbers = all(name.isascii() and name.isdigit() and int(name) < classes for name in names)
-    if numbers and (imagenet or len(names) == classes):
+    if numbers and len(set(map(int, names))) == len(names) and (imagenet or len(names) == classes):
         return [int(name) for name in names]
     if imagenet and all(re.fullmatch(r"n\d{8}", name) for name in names):
         known = {wnid: i for i, wnid in enumerate(imagenet.label_names())}
@@ -111,6 +121,37 @@ def _check_imagenet_order(source, names, expected):
         for i, (name, wanted) in enumerate(zip(found, expected, strict=True)):
             if name != wanted:
                 raise DataError(f"{source}: class {i} is {names[i]!r}, ImageNet's is {wanted!r}: not the order of the WNIDs")
+
+
+def check_classes(data, split):
+    """DataError if the training split `split` and the test split do not name the same classes, as their own files say.
+
+    `datasets` makes one list of classes of all the splits' folders, and takes the first parquet file's for all. Class
+    folders are compared by name, and so is a class without images an error; of parquet files the lists that they declare.
+    """
+    known = getattr((split.rows.features or {}).get(data.label), "names", None) or ()
+    names = [_named_classes(split.beside.get(s, []), data.label, known) for s in (data.train_split, data.test_split)]
+    if None in names or names[0] == names[1]:
+        return
+    only = [sorted(set(a) - set(b)) for a, b in (names, names[::-1])]
+    found = [f"only in {s}: {_listed(o)}" for s, o in zip((data.train_split, data.test_split), only, strict=True) if o]
+    i = next((i for i, (a, b) in enumerate(zip(*names, strict=False)) if a != b), None)
+    found = found or [f"class {i} is {names[0][i]!r} in {data.train_split}, {names[1][i]!r} in {data.test_split}"]
+    raise DataError(f"{data.source}: {data.train_split} and {data.test_split} have other classes: {'; '.join(found)}")
+
+
+def _named_classes(files, label, known):
+    """The classes that a split's files name, in their order: its class folders, or its first parquet file's; else None."""
+    if _are_images(files):
+        folders = sorted({file.rsplit("/", 2)[-2] for file in files})
+        return folders if set(folders) <= set(known) else None  # else the labels come from a table beside the images
+    if files and files[0].endswith(".parquet") and Path(files[0]).is_file():
+        return getattr(datasets.Features.from_arrow_schema(pq.read_schema(files[0])).get(label), "names", None)
+    return None
+
+
+def _listed(names):
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _splits(source, streaming):
@@ -164,11 +205,6 @@ def _rows_of_tar(file):
 
 def _are_images(files):
     return bool(files) and Path(files[0]).suffix.lower() in Image.registered_extensions()
-
-
-def _rows_of_parquet(file):
-    with fsspec.open(file, "rb") as opened:
-        return pq.read_metadata(opened).num_rows
 
 
 def _nearest(word, known):
@@ -225,13 +261,35 @@ def seed_all(*key):
     torch.manual_seed(seed)
 
 
-def decode(row):
-    """{"bytes", "path"} -> RGB image. No EXIF rotation, as in timm and torchvision."""
-    raw = row["bytes"]
-    if raw is None:
-        with fsspec.open(row["path"], "rb") as file:  # a path on this disk, or a streamed one on the hub
-            raw = file.read()
-    return Image.open(io.BytesIO(raw)).convert("RGB")
+def decode(image):
+    """{"bytes", "path"} -> RGB image; any exception for what is none, or has more than MAX_PIXELS.
+
+    One rule for folders, parquet and tar files. No EXIF rotation, as in timm and torchvision: a damaged EXIF does no harm.
+    Transparency is dropped, the colours under it stay. Of 16 bits of grey the upper 8 are kept, as PIL does with colours.
+    """
+    opened = Image.open(io.BytesIO(_read_bytes(image)))  # the header alone
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ValueError(f"{opened.width}x{opened.height} pixels, more than data.MAX_PIXELS, {MAX_PIXELS}")
+    if opened.mode.startswith("I"):
+        opened = _upper_bits(opened)
+    if opened.mode == "P" and "transparency" in opened.info:
+        opened = opened.convert("RGBA")  # PIL warns of the direct way
+    return opened.convert("RGB")
+
+
+def _upper_bits(image):
+    """16-bit grey to 8 bits: PIL's own conversion makes 255 of everything above 255."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"grey values {values.min()}..{values.max()}, expected 16 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _read_bytes(image):
+    if image["bytes"] is not None or image["path"] is None:
+        return image["bytes"] or b""
+    with fsspec.open(image["path"], "rb") as file:  # a path on this disk, or a streamed one on the hub
+        return file.read()
 
 
 def train_transform(data):
@@ -278,16 +336,35 @@ def test_transform(data):
 
 
 def _decoded(row, index, data, ids):
-    """(image, class id) of one undecoded row."""
-    label = row[data.label]
-    if ids is not None and label is not None and 0 <= label < len(ids):
-        label = ids[label]
-    if label is None or not 0 <= label < data.classes:
-        raise DataError(f"image {index}: label {label} is not in 0..{data.classes - 1}")
+    """(image, class id) of one undecoded row. BrokenImage only for bytes that are no image: a file that is not there, or a
+    network that is down, is no reason to train on less.
+    """
+    image, label = _image(row, data), row[data.label]
+    named = f"image {index} ({_printable(image['path'] or 'no file name')})"
+    known = range(data.classes if ids is None else len(ids))
+    if not isinstance(label, int) or label not in known:
+        raise DataError(f"{named}: label {label!r} is not in 0..{len(known) - 1}")
     try:
-        return decode(row[data.image]), label
+        raw = _read_bytes(image)
+    except Exception as error:  # whatever the file system in between raises
+        raise DataError(f"{named} cannot be read: {error!r}") from error
+    try:
+        return decode({"bytes": raw, "path": image["path"]}), label if ids is None else ids[label]
+    except MemoryError as error:
+        raise DataError(f"{named} needs more memory than there is") from error
+    except Image.UnidentifiedImageError as error:  # its own text has an address in memory
+        raise BrokenImage(f"{named}: cannot be decoded: no image, {len(raw)} bytes") from error
     except Exception as error:  # PIL raises anything from SyntaxError to struct.error on a broken file
-        raise DataError(f"image {index} ({row[data.image]['path'] or 'no file name'}) cannot be decoded: {error!r}") from error
+        raise BrokenImage(f"{named}: cannot be decoded: {error!r}") from error
+
+
+def _image(row, data):
+    return row[data.image] or {"bytes": None, "path": None}  # None: an empty cell of a table
+
+
+def _printable(text):
+    """File names come from strangers: no control characters in a terminal or a log."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _transformed(image, index, transform):
@@ -305,6 +382,9 @@ class TrainLoader:
 
     A step is one optimizer step of `batch_size` images over all processes: `accumulate` batches here, of
     `batch_size_per_process` images each. Without drop_last an epoch's last step is smaller, the same share on each process.
+
+    `broken`: what was skipped, {image id: "image 17 (name): reason"}, of the batches that `batches` has given out so far. A
+    trainer that resumes sets it to what it was (ids are int), so that the cap holds for the whole run.
     """
 
     def __init__(self, data, *, seed, batch_size, batch_size_per_process, rank=0, world=1, workers=0, pin=False):
@@ -315,11 +395,12 @@ class TrainLoader:
             )
         self.data, self.seed, self.per_process, self.rank, self.world = data, seed, batch_size_per_process, rank, world
         self.batch_size, self.accumulate = batch_size, batch_size // (batch_size_per_process * world)
-        self.workers, self.pin = workers, pin
+        self.workers, self.pin, self.broken = workers, pin, {}
         self.split = open_split(data, data.train_split)
+        check_classes(data, self.split)
         self.lengths = self._check_stream() if data.streaming else None
         known = sum(self.lengths) if self.lengths else None if data.streaming else len(self.split.rows)
-        self.size = known or data.train_size
+        self.size = data.train_size if known is None else known
         if data.train_size not in (None, self.size):
             raise DataError(
                 f"{data.source}, {data.train_split}: {self.size} images found, the recipe's data.train_size is "
@@ -352,11 +433,54 @@ class TrainLoader:
         return labels if self.split.ids is None else torch.tensor(self.split.ids)[labels]
 
     def batches(self, start, stop):
-        """Batches of steps start..stop-1: `accumulate` for each step. One set of worker processes serves them all."""
-        common = dict(num_workers=self.workers, pin_memory=self.pin)
+        """Batches of steps start..stop-1: `accumulate` for each step. One set of worker processes serves them all.
+
+        Raises DataError for more broken images than data.max_broken allows, and for a worker process that died.
+        """
+        common = dict(batch_size=None, num_workers=self.workers, pin_memory=self.pin)  # None: they come as batches
         if self.data.streaming:
-            return DataLoader(_Stream(self, start, stop), batch_size=None, **common)
-        return DataLoader(_Images(self), batch_sampler=_Order(self, start, stop), **common)
+            return self._watched(iter(DataLoader(_Stream(self, start, stop), **common)))
+        return self._watched(iter(DataLoader(_Images(self), sampler=_Order(self, start, stop), **common)))
+
+    def _watched(self, batches):
+        while True:
+            try:
+                images, labels, index, broken = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if death := dead_worker(error):
+                    raise death from error
+                raise
+            self._count(broken)
+            yield images, labels, index
+
+    def _count(self, broken):
+        self.broken.update(broken)
+        data, allowed = self.data, max(1, int(self.data.max_broken * self.size)) if self.data.max_broken else 0
+        if broken and len(self.broken) > allowed:
+            raise DataError(
+                f"{data.source}, {data.train_split}: {len(self.broken)} of {self.size} images are broken so far, the recipe's "
+                f"data.max_broken {data.max_broken} allows {allowed}: repair or remove them, or allow more with "
+                f"--set data.max_broken=SHARE\n{_first(list(self.broken.values()))}"
+            )
+
+
+def _first(lines, n=20):
+    return "\n".join(lines[:n] + ([f"and {len(lines) - n} more"] if len(lines) > n else []))
+
+
+def dead_worker(error):
+    """The DataError for PyTorch's RuntimeError about a loader's worker process that is gone; None for other errors.
+
+    PyTorch raises it wherever the main process happens to be when the signal comes, which may be outside of the loader.
+    """
+    if not re.search(r"DataLoader worker \(pid|Communication with the workers is no longer possible", str(error)):
+        return None
+    return DataError(
+        f"a worker process that loads images died: {str(error).splitlines()[0]} Often the memory or /dev/shm is full, or "
+        "`ulimit -n` too low: try fewer --workers; --workers 0 loads in the main process and shows what is wrong"
+    )
 
 
 class _Order(Sampler):
@@ -384,25 +508,60 @@ class _Order(Sampler):
                 yield [(epoch, c % loader.data.repeats, int(order[c // loader.data.repeats])) for c in own]
 
 
-class _Images(Dataset):
-    """Crops by (epoch, repeat, row number); whole batches, so that an image is decoded once for its crops in the batch."""
+class _Crops:
+    """Batches of crops, from `load(what) -> (image, class id, id)` and `name(what)`, the id under which it may be broken."""
 
     def __init__(self, loader):
-        self.rows, self.ids, self.data, self.seed = loader.split.rows, loader.split.ids, loader.data, loader.seed
+        self.data, self.seed, self.ids = loader.data, loader.seed, loader.split.ids
         self.transform = train_transform(loader.data)
 
-    def __getitems__(self, keys):
-        samples, previous = [], None
-        for epoch, repeat, index in keys:
-            if index != previous:
-                image, label = _decoded(self.rows[index], index, self.data, self.ids)
-                previous = index
-            seed_all(self.seed, epoch, index, repeat)
-            samples.append((_transformed(image, index, self.transform), label, index))
-        return samples
+    def batch(self, keys):
+        """(images, labels, index, {id: reason} of broken images) for keys (epoch, repeat, what).
+
+        An image is decoded once for its crops, which are neighbours. The place of a broken one goes to the next good one of
+        the batch, as a crop with a number that no other has: nothing depends on other batches, workers or what came before.
+        """
+        samples, broken, previous = [], {}, None
+        for epoch, repeat, what in keys:
+            if what != previous:
+                previous, loaded = what, None
+                try:
+                    loaded = self.load(what)
+                except BrokenImage as error:
+                    broken[self.name(what)] = str(error)
+            samples.append(loaded and self._crop(*loaded, epoch, repeat))
+        if not any(samples):
+            reasons = _first(list(broken.values()))
+            raise DataError(f"{self.data.source}: none of the {len(keys)} images of a batch can be decoded\n{reasons}")
+        good = [i for i, sample in enumerate(samples) if sample]
+        for i in set(range(len(keys))).difference(good):
+            epoch, _, what = keys[min(good, key=lambda g: (g - i) % len(keys))]
+            samples[i] = self._crop(*self.load(what), epoch, self.data.repeats + i)
+        return (*default_collate(samples), broken)
+
+    def _crop(self, image, label, index, epoch, repeat):
+        seed_all(self.seed, epoch, index, repeat)
+        return _transformed(image, index, self.transform), label, index
 
 
-class _Stream(IterableDataset):
+class _Images(_Crops, Dataset):
+    """Whole batches by lists of (epoch, repeat, row number)."""
+
+    def __init__(self, loader):
+        super().__init__(loader)
+        self.rows = loader.split.rows
+
+    def __getitem__(self, keys):
+        return self.batch(keys)
+
+    def load(self, index):
+        return *_decoded(self.rows[index], index, self.data, self.ids), index
+
+    def name(self, index):
+        return index
+
+
+class _Stream(_Crops, IterableDataset):
     """Whole batches from a stream: shards in an order of (seed, epoch), dealt to processes and workers, then a buffer.
 
     Where the shards' lengths are known, every reader takes as many images as its batches need from their concatenation:
@@ -416,8 +575,8 @@ class _Stream(IterableDataset):
     """
 
     def __init__(self, loader, start, stop):
+        super().__init__(loader)
         self.loader, self.start, self.stop = loader, start, stop
-        self.transform = train_transform(loader.data)
 
     def __iter__(self):
         loader, info = self.loader, get_worker_info()
@@ -432,11 +591,10 @@ class _Stream(IterableDataset):
             before = loader.rank * sum(needed) + sum(needed[:slot])
             rows = self._rows(epoch, slot, workers, before, needed[slot])
             skip = sum(b < first for b in dealt[slot]) * loader.per_process  # crops
-            rows = itertools.islice(rows, skip // repeats, None)
-            crops = itertools.islice(self._crops(rows, epoch), skip % repeats, None)
+            keys = itertools.islice(self._keys(rows, epoch), skip, None)
             for b in dealt[slot]:
                 if first <= b < last:
-                    yield default_collate(list(itertools.islice(crops, loader.per_process)))
+                    yield self.batch(list(itertools.islice(keys, loader.per_process)))
 
     def _rows(self, epoch, slot, workers, before, needed):
         """Undecoded rows of one process's worker in an epoch, shuffled."""
@@ -448,7 +606,12 @@ class _Stream(IterableDataset):
             return
         while True:  # a short share begins again, so that steps stay equal
             own = (row for shard in shards[loader.rank * workers + slot :: loader.world * workers] for row in self._read(shard))
-            yield from _shuffled(own, loader.data.shuffle_buffer, chance)
+            rows = _shuffled(own, loader.data.shuffle_buffer, chance)
+            row = next(rows, None)
+            if row is None:
+                raise DataError(f"{loader.data.source}: the shards of reader {slot} of process {loader.rank} are empty")
+            yield row
+            yield from rows
 
     def _interval(self, shards, before, needed):
         """Rows before..before+needed-1 of the concatenated shards, which go round (with repeats few images may not do)."""
@@ -466,18 +629,23 @@ class _Stream(IterableDataset):
         for columns in self.loader.split.rows.shard(self.loader.split.rows.num_shards, shard).iter(batch_size=32):
             yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
-    def _crops(self, rows, epoch):
-        loader = self.loader
+    def _keys(self, rows, epoch):
         for row in rows:
-            index = _checksum(row[loader.data.image])
-            image, label = _decoded(row, index, loader.data, loader.split.ids)
-            for repeat in range(loader.data.repeats):
-                seed_all(loader.seed, epoch, index, repeat)
-                yield _transformed(image, index, self.transform), label, index
+            for repeat in range(self.data.repeats):
+                yield epoch, repeat, row
+
+    def load(self, row):
+        index = _checksum(_image(row, self.data))
+        return *_decoded(row, index, self.data, self.ids), index
+
+    def name(self, row):
+        # not the id alone: a hundred empty files are a hundred broken images
+        image = _image(row, self.data)
+        return zlib.crc32((image["path"] or "").encode(errors="surrogateescape"), _checksum(image))
 
 
 def _checksum(image):
-    return zlib.crc32(image["bytes"] if image["bytes"] is not None else image["path"].encode())
+    return zlib.crc32(image["bytes"] if image["bytes"] is not None else (image["path"] or "").encode(errors="surrogateescape"))
 
 
 def _shuffled(rows, size, chance):
@@ -552,7 +720,7 @@ class _TestImages(Dataset):
 
     def sample(self, row, index):
         if self.numbered:
-            index = _validation_number(row[self.data.image])
+            index = _validation_number(_image(row, self.data))
         image, label = _decoded(row, index, self.data, self.ids)
         return _transformed(image, index, self.transform), label, index
 
@@ -578,4 +746,5 @@ class _TestStream(IterableDataset):
         for shard in range(own.rank * workers + worker, n, own.world * workers):
             for columns in own.rows.shard(n, shard).iter(batch_size=32):
                 for image, label in zip(columns[own.data.image], columns[own.data.label], strict=True):
-                    yield own.sample({own.data.image: image, own.data.label: label}, _checksum(image))
+                    row = {own.data.image: image, own.data.label: label}
+                    yield own.sample(row, _checksum(_image(row, own.data)))

@@ -113,6 +113,7 @@ class Data:
     drop_last: bool
     crop_pct: Annotated[float, Bounds(0.01, 1)]  # evaluation: resize to size / crop_pct, centre crop
     interpolation: Literal["bilinear", "bicubic"]  # evaluation
+    max_broken: Share = 0.001  # share of the training images that may be broken before the run stops
 
 
 @dataclass(frozen=True, kw_only=True)
