@@ -39,7 +39,7 @@ import safetensors.torch
 import timm
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DynamoBackend, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DynamoBackend, InitProcessGroupKwargs, ProjectConfiguration, gather_object
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from tqdm import tqdm
@@ -154,6 +154,7 @@ class Run:
     seconds: float = 0.0  # spent in them, over all resumptions
     timed: tuple = (0, 0.0)  # steps and seconds since the last log row
     failed_saves: int = 0  # in a row
+    told_broken: int = 0  # broken images that were told of
     unwritten: list = dataclasses.field(default_factory=list)  # log rows that the disk did not take
 
     @property
@@ -373,6 +374,12 @@ def log_losses(run):
         trainee.sums, trainee.summed = {}, 0
         if not math.isfinite(row.get(f"loss/{name}", 0.0)):
             raise TrainingError(f"student {name!r}: the loss is {row[f'loss/{name}']} by step {run.step}")
+    if broken := len(run.loader.broken):
+        row["broken_images"] = broken
+        if broken > run.told_broken:
+            named = "\n  ".join(list(run.loader.broken.values())[run.told_broken :][:20])
+            run.lead.print(f"warning: {broken} images are broken and were left out so far; new:\n  {named}")
+            run.told_broken = broken
     row["speed/images_per_second"] = steps * run.settings.batch_size / seconds
     run.clock.read()
     row |= {f"seconds/{name}": seconds / steps for name, seconds in run.clock.window.items()}  # of a step
@@ -438,6 +445,7 @@ def save(run):
     """A checkpoint of now. One that cannot be written is reported; the run stops after MAX_FAILED_SAVES of them in a row."""
     sums = [{term: run.lead.reduce(total, "mean").item() for term, total in t.sums.items()} for t in run.trainees]
     optimizers = [optimizer_state(trainee) for trainee in run.trainees]
+    broken = gather_object(list(run.loader.broken.items()))
     run.clock.read()
     for trainee in run.trainees:
         if bad := [k for k, v in trainee.distilled.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]:
@@ -445,7 +453,7 @@ def save(run):
     if not run.lead.is_main_process:
         return
     try:
-        write_checkpoint(run, sums, optimizers)
+        write_checkpoint(run, sums, optimizers, broken)
         run.failed_saves = 0
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # a full disk is all three
         run.failed_saves += 1
@@ -456,7 +464,7 @@ def save(run):
         run.lead.print(f"warning: {told}; the run goes on, older checkpoints are valid")
 
 
-def write_checkpoint(run, sums, optimizers):
+def write_checkpoint(run, sums, optimizers, broken):
     """checkpoints/step-N: tensors as safetensors, the rest as JSON, digests of all. It appears complete or not at all."""
     folder = run.folder / "checkpoints"
     temporary, final = folder / f".tmp-{run.step}", folder / f"step-{run.step:08d}"
@@ -471,7 +479,11 @@ def write_checkpoint(run, sums, optimizers):
     with open(metrics, "ab") as file:
         os.fsync(file.fileno())
     state = {"step": run.step, "seconds": run.seconds, "timed": run.timed, "workers": run.loader.workers, "students": {}}
-    state |= {"clock": {"window": run.clock.window, "total": run.clock.total}, "metrics_bytes": metrics.stat().st_size}
+    state |= {
+        "broken": broken,
+        "clock": {"window": run.clock.window, "total": run.clock.total},
+        "metrics_bytes": metrics.stat().st_size,
+    }
     for trainee, own_sums, optimizer in zip(run.trainees, sums, optimizers, strict=True):
         name = trainee.settings.name
         optimizer_tensors, optimizer_rest = split_optimizer_state(optimizer)
@@ -580,6 +592,8 @@ def restore(run):
         raise data.DataError(f"{run.folder}: a stream's order depends on its readers: resume with --workers {state['workers']}")
     run.step, run.seconds, run.timed = state["step"], state["seconds"], tuple(state["timed"])
     run.clock.window, run.clock.total = state["clock"]["window"], state["clock"]["total"]
+    run.loader.broken = dict(state["broken"])
+    run.told_broken = len(run.loader.broken)
     for trainee in run.trainees:
         name, own = trainee.settings.name, state["students"][trainee.settings.name]
         trainee.distilled.load_state_dict(safetensors.torch.load_file(found / f"{name}.safetensors"))
@@ -957,6 +971,7 @@ def write_result(run, teacher_scores):
         "limit": run.limit,
         "seconds": round(run.seconds, 1),
         "seconds_per_step": seconds,
+        "broken_images": len(run.loader.broken),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if lead.device.type == "cuda" else None,
         "images_per_second": round(run.step * run.settings.batch_size / run.seconds, 1),
         **environment(lead),

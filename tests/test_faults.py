@@ -16,9 +16,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, STUDENT, distilled, write
+from PIL import Image
 from test_train import assert_same_run, forked, newest, run
 
 import models
@@ -276,6 +278,31 @@ def test_at_least_two_checkpoints_are_kept_and_hold_no_pickle(interrupted):
     }
     manifest = json.loads((folders[-1] / "manifest.json").read_text())
     assert manifest["step"] == 15 and manifest["batch_size"] == 64 and set(manifest["files"]) == names - {"manifest.json"}
+
+
+# ---------------------------------------------------------------- 8: broken images, in a run
+
+
+def test_a_run_counts_its_broken_images(tmp_path, capsys):
+    """Named once, in the log, the checkpoint and the result, over a resume, too; the run is the uninterrupted one."""
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(32):
+                Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "photos/train/dog/7.png").write_bytes(b"<html>not found</html>")
+    changes = dict(data__source=str(tmp_path / "photos"), data__test_split="validation", data__classes=2, data__max_broken=0.05)
+    path = write(tmp_path / "r.json", **changes, batch_size=16, batch_size_per_process=16, save_every=3, log_every=4)
+    whole = run(path, tmp_path / "whole", workers=2)
+    assert capsys.readouterr().out.count("7.png") == 1
+    run(path, tmp_path / "parts", "--limit", "6")
+    parts = run(path, tmp_path / "parts", "--resume")
+    assert whole["broken_images"] == parts["broken_images"] == 1
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(SystemExit) as stop:
+        run(path, tmp_path / "strict", "--set", "data.max_broken=0")
+    assert stop.value.code == 2 and "7.png" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- 14, 15: numbers
