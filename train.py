@@ -301,7 +301,7 @@ def check_finite(run, index):
         if not trainee.skipped_in_a_row:
             continue
         name, scaler = trainee.settings.name, trainee.accelerator.scaler
-        terms = [{term: value.item() for term, value in part.items()} for part in trainee.parts]
+        terms = [{term: str(value.item()) for term, value in part.items()} for part in trainee.parts]  # NaN is not JSON
         trainee.parts = []
         many = trainee.skipped_in_a_row >= MAX_SKIPPED_STEPS or trainee.skipped > max(MAX_SKIPPED_STEPS, run.stop / 100)
         if not many and trainee.accelerator.distributed_type != DistributedType.DEEPSPEED:
