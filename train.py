@@ -1288,6 +1288,11 @@ def main(arguments=None):
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if not (death := data.dead_worker(error)):
+            raise
+        print(f"error: {death}", file=sys.stderr)
+        sys.exit(2)
     Accelerator().end_training()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,15 @@ def remember_writes(event, arguments):
             written.append(path)
 
 
+def fail(run, images, original=train.teach):
+    """$FAIL, "raise" or "kill", happens to process 1 at step 3."""
+    if run.step == 3 and run.lead.process_index == 1:
+        if os.environ["FAIL"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("process 1 has had enough")
+    return original(run, images)
+
+
 def remember_run(run, original=train.train):
     runs.append(run)
     original(run)
@@ -27,6 +37,8 @@ def remember_run(run, original=train.train):
 
 sys.addaudithook(remember_writes)
 train.train = remember_run
+if "FAIL" in os.environ:
+    train.teach = fail
 train.ELEMENTWISE |= set(os.environ.get("ALSO_ELEMENTWISE", "").split())  # to show what check_deepspeed prevents
 train.main()
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,22 @@ def test_a_run_of_two_processes_resumes_and_goes_on_with_one(tmp_path, teacher_f
     assert distance(tmp_path / "whole", tmp_path / "two") == 0
     alone(path, tmp_path / "one", "--resume")
     assert distance(tmp_path / "whole", tmp_path / "one") < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", ["raise", "kill"])
+def test_one_process_that_fails_ends_all(failure, tmp_path, teacher_file):
+    """In bounded time, with its error told, and the run goes on from its checkpoint."""
+    changes = distilled(teacher_file, students=[student("kd", "kd")], batch_size_per_process=32, epochs=1, save_every=2)
+    path, began = write(tmp_path / "r.json", **changes), time.monotonic()
+    with pytest.raises(RuntimeError, match="has had enough" if failure == "raise" else "SIGKILL"):
+        launched(path, tmp_path / "out", **on_cpu(2), FAIL=failure)
+    assert time.monotonic() - began < 120
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path / "out")], capture_output=True, text=True).stdout
+    assert [int(folder.name[5:]) for folder in train.checkpoints(tmp_path / "out")] == [2]
+    launched(path, tmp_path / "out", "--resume", **on_cpu(2))
+    launched(path, tmp_path / "whole", **on_cpu(2))
+    assert distance(tmp_path / "whole", tmp_path / "out") == 0
 
 
 # ---------------------------------------------------------------- mixed precision

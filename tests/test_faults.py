@@ -44,6 +44,14 @@ def small(teacher_file, **changes):
     return distilled(teacher_file, epochs=2, save_every=2, log_every=3) | changes
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, teacher_file):
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(write(folder / "r.json", **small(teacher_file)), folder / "out")
+    return folder / "out"
+
+
 # ---------------------------------------------------------------- 1, 2, 33: kills
 
 
@@ -76,9 +84,8 @@ def test_a_soak_of_kills_ends_in_the_same_weights(tmp_path, teacher_file):
 
 
 @pytest.mark.parametrize("moment", ["teach", "log_accuracy", "write_checkpoint"])
-def test_sigterm_saves_and_exits_with_143(moment, tmp_path, teacher_file, monkeypatch):
+def test_sigterm_saves_and_exits_with_143(moment, tmp_path, teacher_file, whole, monkeypatch):
     path, out = write(tmp_path / "r.json", **small(teacher_file, save_every=50)), tmp_path / "stopped"
-    run(path, tmp_path / "whole")
     original, calls = getattr(train, moment), []
 
     def interrupted(*arguments):
@@ -95,7 +102,7 @@ def test_sigterm_saves_and_exits_with_143(moment, tmp_path, teacher_file, monkey
     else:
         assert code == 143 and not (out / "result.json").exists() and newest(out) == {"teach": 5, "log_accuracy": 15}[moment]
     run(path, out, "--resume")
-    assert_same_run(tmp_path / "whole", out)
+    assert_same_run(whole, out)
 
 
 def test_the_first_ctrl_c_saves_and_the_second_leaves_at_once(tmp_path, teacher_file, monkeypatch):
@@ -146,21 +153,19 @@ def with_small_files(function, limit):
     function()
 
 
-def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, teacher_file):
+def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, teacher_file, whole):
     path, out = write(tmp_path / "r.json", **small(teacher_file)), tmp_path / "full"
-    run(path, tmp_path / "whole")
     run(path, out, "--limit", "6")
     assert exit_code(forked(lambda: with_small_files(lambda: run(path, out, "--resume"), 9000))) == train.EXIT_UNSAVED
     assert newest(out) == 6 and train.problem_of(train.checkpoints(out)[-1]) is None
     assert not list((out / "checkpoints").glob(".tmp-*"))
     run(path, out, "--resume")
-    assert_same_run(tmp_path / "whole", out)
+    assert_same_run(whole, out)
 
 
-def test_a_disk_that_has_room_again_gets_everything(tmp_path, teacher_file, monkeypatch, capsys):
+def test_a_disk_that_has_room_again_gets_everything(tmp_path, teacher_file, whole, monkeypatch, capsys):
     """Two saves and a log row fail, the third works: the run is the same, with every row once."""
     path, out, original, calls = write(tmp_path / "r.json", **small(teacher_file)), tmp_path / "out", train.write_tensors, []
-    run(path, tmp_path / "whole")
 
     def full(*arguments):
         calls.append(1)
@@ -171,7 +176,7 @@ def test_a_disk_that_has_room_again_gets_everything(tmp_path, teacher_file, monk
     monkeypatch.setattr(train, "write_tensors", full)
     run(path, out)
     assert capsys.readouterr().out.count("the run goes on, older checkpoints are valid") == 2
-    assert_same_run(tmp_path / "whole", out)
+    assert_same_run(whole, out)
 
 
 def test_too_little_room_is_noticed_before_writing(tmp_path, teacher_file, monkeypatch, capsys):
