@@ -7,9 +7,11 @@ num_classes=100)` and `timm.create_model("local-dir:EXPORTED", pretrained=True)`
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import difflib
+import functools
 import os
 import shutil
 import sys
@@ -435,3 +437,139 @@ class Distilled(nn.Module):
             else:
                 soft = self.soft(logits, teacher_logits, target)
         return {"loss": self.hard_weight * hard + soft_weight * soft, "hard": hard, "soft": soft}
+
+
+# ---------------------------------------------------------------- what makes a frozen teacher cheap
+
+
+@torch.no_grad()
+def freeze(network, size):
+    """A copy of a trained Network for forwards alone: eval mode, no gradients, constants computed once.
+
+    BatchNorm after a convolution is folded into it: equal up to rounding, and the maps are read and written once less.
+    Attention that gathers a bias by relative position (BEiT, Swin) keeps what it gathered. `size`: pixels of the images.
+    """
+    network.eval().requires_grad_(False)
+    frozen = copy.deepcopy(network)
+    for convolution, parent, name in _convolution_norm_pairs(frozen, size):
+        norm = getattr(parent, name)
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        fused = nn.utils.fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+        convolution.weight, convolution.bias = (nn.Parameter(p.detach().clone(), requires_grad=False) for p in fused)
+        # timm's BatchNormAct2d holds its activation
+        setattr(parent, name, nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity())
+    for module in frozen.modules():
+        if callable(gather := getattr(module, "_get_rel_pos_bias", None)):
+            module._get_rel_pos_bias = functools.partial(_constant, gather())
+    frozen.to(memory_format=torch.channels_last)
+    images = torch.rand(2, 3, size, size, device=network.mean.device)
+    # a network that does more with a convolution's output than its modules show must not be folded
+    return frozen if torch.allclose(frozen(images), network(images), rtol=1e-3, atol=1e-3) else network
+
+
+def _constant(tensor):
+    return tensor
+
+
+def _convolution_norm_pairs(network, size):
+    """[(convolution, parent and name of the BatchNorm that alone reads its output)], as one forward shows them.
+
+    Not by names: timm's families name the two differently, and neighbours in a module need not be neighbours in a forward.
+    """
+    convolution_of, readers, outputs, hooks, calls = {}, {}, [], [], collections.Counter()
+
+    def write(module, _, output):
+        outputs.append(output)  # kept, so that no other tensor gets its id
+        convolution_of[id(output)], readers[id(output)] = module, []
+
+    def read(module, inputs):
+        calls[module] += 1
+        for tensor in inputs:
+            readers.setdefault(id(tensor), []).append(module)
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(write))
+        if isinstance(module, nn.BatchNorm2d) or not any(module.children()):
+            hooks.append(module.register_forward_pre_hook(read))
+    network(torch.zeros(1, 3, size, size, device=network.mean.device))
+    for hook in hooks:
+        hook.remove()
+    place = {child: (parent, name) for parent in network.modules() for name, child in parent.named_children()}
+    return [
+        (convolution, *place[norms[0]])
+        for key, convolution in convolution_of.items()
+        if len(norms := readers[key]) == 1
+        and isinstance(norms[0], nn.BatchNorm2d)
+        and norms[0].track_running_stats
+        and calls[norms[0]] == calls[convolution] == 1
+    ]
+
+
+# ---------------------------------------------------------------- LAMB
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2020, arXiv:1904.00962) in timm's variant, which can skip a step without the host knowing.
+
+    timm's keeps the number of steps on the host. Here it is on the device, so that `found_inf`, PyTorch's protocol between
+    gradient scalers and fused optimizers, can leave weights, moments and step count as they are where it is 1.
+    Gradients are clipped to `max_grad_norm` over all parameters; groups without weight decay have no trust ratio.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0):
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        super().__init__(params, defaults)
+
+    @classmethod
+    def like(cls, optimizer):
+        """For the parameters and settings of a timm.optim.Lamb; ValueError for a setting that only timm's has."""
+        known = cls([torch.zeros(1)]).defaults
+        default = timm.optim.Lamb([torch.zeros(1)], lr=optimizer.defaults["lr"]).defaults
+        if other := [k for k, v in optimizer.defaults.items() if k not in known and v != default[k]]:
+            raise ValueError(f"optimizer_args: lamb takes {', '.join(known)}, found {', '.join(other)}")
+        groups = [{k: v for k, v in g.items() if k in known or k in ("params", "lr_scale")} for g in optimizer.param_groups]
+        return cls(groups, **{k: optimizer.defaults[k] for k in known})
+
+    @torch.no_grad()
+    def step(self):
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        skip = getattr(self, "found_inf", None)
+        skip = parameters[0].new_zeros(()) if skip is None else skip.to(torch.float32)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        for group in self.param_groups:
+            if own := [p for p in group["params"] if p.grad is not None]:
+                self._update(group, own, norm, skip)
+
+    def _update(self, group, parameters, norm, skip):
+        (beta1, beta2), decay, kept = group["betas"], group["weight_decay"], skip > 0
+        for p in parameters:
+            if not self.state[p]:  # not "step", which load_state_dict leaves on the host
+                self.state[p] = {"steps": norm.new_zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+        steps, m, v = ([self.state[p][key] for p in parameters] for key in ("steps", "m", "v"))
+        torch._foreach_add_(steps, [1 - skip] * len(steps))
+        bias1, bias2 = 1 - beta1 ** steps[0], 1 - beta2 ** steps[0]
+
+        gradients = [torch.where(kept, 0.0, p.grad) for p in parameters]  # not times 0, which leaves NaN
+        if group["max_grad_norm"]:
+            torch._foreach_mul_(gradients, torch.where(kept, 0.0, (group["max_grad_norm"] / norm).clamp(max=1.0)))
+        torch._foreach_mul_(m, torch.where(kept, 1.0, beta1))
+        torch._foreach_add_(m, gradients, alpha=1 - beta1)
+        torch._foreach_mul_(v, torch.where(kept, 1.0, beta2))
+        torch._foreach_addcmul_(v, gradients, gradients, value=1 - beta2)
+
+        root = torch._foreach_sqrt(v)
+        torch._foreach_div_(root, bias2.sqrt())
+        torch._foreach_add_(root, group["eps"])
+        change = torch._foreach_div(m, bias1)
+        torch._foreach_div_(change, root)
+        trust = norm.new_ones(len(parameters))
+        if decay:
+            torch._foreach_add_(change, parameters, alpha=decay)
+            weights, changes = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(change))
+            trust = torch.where((weights > 0) & (changes > 0), weights / changes, 1.0)
+        torch._foreach_mul_(change, list((-group["lr"] * trust).unbind()))
+        for p, c in zip(parameters, change, strict=True):
+            p.add_(torch.where(kept, 0.0, c))  # after a first step that is skipped, c is 0 / 0

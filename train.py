@@ -50,7 +50,7 @@ import models
 import recipe
 from evaluate import accuracy, table, to_float
 
-COUNTERS = ("summed", "skipped", "skipped_in_a_row", "overflows", "last", "best")  # of a student, saved as JSON
+COUNTERS = ("summed", "skipped", "skips_told", "barren")  # of a student, saved as JSON
 MAX_STATE_BYTES = 16 << 20  # of a checkpoint's JSON files
 KEEP_CHECKPOINTS = 2
 MAX_FAILED_SAVES = 3  # in a row; then the run stops with EXIT_UNSAVED
@@ -60,6 +60,7 @@ EXIT_UNSAVED = 74  # EX_IOERR of sysexits.h
 BOARD = {"train": ("loss", "hard", "soft", "lr", "seconds"), "test": ("top1", "top5", "top1_ema", "top5_ema")}  # TensorBoard
 RUN_BOARD = ("epoch", "speed/images_per_second", "seconds/data", "seconds/teacher")
 ELEMENTWISE = {"sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "lion", "rmsprop"}  # blind to where a tensor ends
+FUSED = {"sgd", "momentum", "adam", "adamw"}  # timm's names for PyTorch's fused optimizers
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -116,12 +117,15 @@ class Trainee:
     module: torch.nn.Module  # a prepared models.Distilled
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
-    sums: dict  # loss terms since the last log row, on the device: reading them is a synchronisation
+    # on the device, because reading is a synchronisation:
+    terms: dict = dataclasses.field(default_factory=dict)  # of the last batch
+    sums: dict = dataclasses.field(default_factory=dict)  # of the terms since the last log row, without skipped steps
+    summed: torch.Tensor | int = 0  # batches in `sums`
+    skipped: torch.Tensor | int = 0  # steps left out because a gradient was not finite
+    # on the host:
     parts: list = dataclasses.field(default_factory=list)  # the terms of this step's batches
-    summed: int = 0  # batches in `sums`
-    skipped: int = 0  # steps left out because a gradient was not finite
-    skipped_in_a_row: int = 0
-    overflows: int = 0  # steps that float16's gradient scaler left out: a matter of course
+    skips_told: int = 0  # skipped steps by the last log row
+    barren: int = 0  # steps up to the last log row, all of them skipped
     last: dict | None = None  # the newest scores, with their step
     best: dict | None = None
 
@@ -153,6 +157,7 @@ class Run:
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent in them, over all resumptions
     timed: tuple = (0, 0.0)  # steps and seconds since the last log row
+    index: torch.Tensor | None = None  # ids of the last batch's images
     failed_saves: int = 0  # in a row
     told_broken: int = 0  # broken images that were told of
     unwritten: list = dataclasses.field(default_factory=list)  # log rows that the disk did not take
@@ -217,8 +222,7 @@ def train(run):
                 soft_weight = soft_weight_at(epoch, trainee.settings.soft)
                 learn(trainee, images, taught, target, index, lr, soft_weight)
                 run.clock.mark(trainee.settings.name)
-        run.step += 1
-        check_finite(run, index)
+        run.step, run.index = run.step + 1, index
         took = time.perf_counter() - started
         run.seconds, run.timed = run.seconds + took, (run.timed[0] + 1, run.timed[1] + took)
 
@@ -237,14 +241,16 @@ def train(run):
     progress.close()
 
 
-@torch.no_grad()
 def teach(run, images):
     """(logits, features or None) of the teacher: one forward, whatever the number of students."""
     dtype = PRECISIONS[run.settings.teacher.precision or precision(run.lead)]
-    with torch.autocast(run.lead.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-        if not run.teacher_taps:
-            return run.teacher(images), None
-        return run.teacher(images, run.teacher_taps, run.settings.teacher.preactivation)
+    with torch.inference_mode(), torch.autocast(run.lead.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+        if run.teacher_taps:
+            logits, features = run.teacher(images, run.teacher_taps, run.settings.teacher.preactivation)
+        else:
+            logits, features = run.teacher(images), None
+    # copies: a student's backward may not keep tensors that were made in inference mode
+    return logits.clone(), features and [feature.clone() for feature in features]
 
 
 def learn(trainee, images, taught, target, index, lr, soft_weight):
@@ -254,78 +260,84 @@ def learn(trainee, images, taught, target, index, lr, soft_weight):
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         terms = trainee.module(images, taught, target, index, torch.full((), soft_weight, device=images.device))
-        trainee.parts.append({name: term.detach() for name, term in terms.items()})
         recomputed = trainee.settings.grad_checkpointing
         with models.frozen_statistics(trainee.module) if recomputed else contextlib.nullcontext():
-            accelerator.backward(terms["loss"])  # with DeepSpeed also clips and steps: what follows is then without effect
-        if not accelerator.sync_gradients:
-            return
-        if not math.isfinite(gradient_norm(trainee)):  # of averaged gradients: the same on every process
-            optimizer.zero_grad()
-            trainee.skipped, trainee.skipped_in_a_row = trainee.skipped + 1, trainee.skipped_in_a_row + 1
-            return
-        optimizer.step()
-        optimizer.zero_grad()
-        trainee.skipped_in_a_row = 0
-        if trainee.ema:
-            trainee.ema.update(trainee.net)
-    if optimizer.step_was_skipped:
-        trainee.overflows += 1
-    else:
-        for terms in trainee.parts:
-            trainee.sums = {name: trainee.sums.get(name, 0.0) + term for name, term in terms.items()}
-        trainee.summed += len(trainee.parts)
-    trainee.parts = []
+            accelerator.backward(terms["loss"])  # with DeepSpeed also clips and steps
+        trainee.parts.append({name: term.detach() for name, term in terms.items()})
+        if accelerator.sync_gradients:
+            tally(trainee, update(trainee))
 
 
-def gradient_norm(trainee):
-    """The global norm of the gradients, which are clipped where the recipe says so. The one synchronisation of a step.
+def update(trainee):
+    """Clip, step, average; returns whether the gradient was finite, a bool tensor: the same on every process.
 
-    0.0 with float16's gradient scaler, which looks for overflows itself.
+    A step whose gradient is not finite is left out, on the device: for the host to look would stop the pipeline.
     """
-    clip, scaled = trainee.settings.clip_grad, trainee.accelerator.scaler is not None
-    if trainee.accelerator.distributed_type == DistributedType.DEEPSPEED:  # has stepped already: the loss must tell
-        return trainee.accelerator.reduce(trainee.parts[-1]["loss"].clone(), "sum").item()
+    accelerator, optimizer, clip = trainee.accelerator, trainee.optimizer, trainee.settings.clip_grad
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # has stepped already: the loss must tell
+        return accelerator.reduce(trainee.parts[-1]["loss"].clone(), "sum").isfinite()
+    accelerator.unscale_gradients(optimizer)
+    parameters = [p for p in trainee.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if clip is not None:
-        norm = trainee.accelerator.clip_grad_norm_(trainee.module.parameters(), clip)
-        return 0.0 if scaled else norm.item()
-    if scaled:
-        return 0.0
-    gradients = [p.grad for p in trainee.module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients).item()
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    finite, inner = norm.isfinite(), optimizer.optimizer
+    if accelerator.scaler is not None:
+        optimizer.step()
+    elif getattr(inner, "_step_supports_amp_scaling", False):  # PyTorch's protocol between scalers and fused optimizers
+        inner.grad_scale, inner.found_inf = None, finite.logical_not().float()
+        inner.step()
+    elif finite:  # a synchronisation: this optimizer knows no other way
+        inner.step()
+    inner.zero_grad()
+    if trainee.ema:
+        trainee.ema.update(trainee.net)
+    return finite
 
 
-def check_finite(run, index):
+def tally(trainee, finite):
+    """Count a step and add up its loss terms, on the device."""
+    for terms in trainee.parts:
+        for name, term in terms.items():
+            trainee.sums[name] = trainee.sums.get(name, 0.0) + torch.where(finite, term, 0.0)
+    trainee.summed = trainee.summed + finite * len(trainee.parts)
+    trainee.skipped = trainee.skipped + finite.logical_not()
+    trainee.terms, trainee.parts = trainee.parts[-1], []
+
+
+def check_finite(run):
     """Too many steps without a finite gradient end the run, with a dump; the older checkpoints are good."""
     for trainee in run.trainees:
-        if not trainee.skipped_in_a_row:
-            continue
-        name, scaler = trainee.settings.name, trainee.accelerator.scaler
-        terms = [{term: str(value.item()) for term, value in part.items()} for part in trainee.parts]  # NaN is not JSON
-        trainee.parts = []
-        many = trainee.skipped_in_a_row >= MAX_SKIPPED_STEPS or trainee.skipped > max(MAX_SKIPPED_STEPS, run.stop / 100)
-        if not many and trainee.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            run.lead.print(f"warning: student {name!r}: gradient not finite, step {run.step} skipped, {trainee.skipped} so far")
-            continue
-        dump = run.folder / f"not-finite-{name}-{run.step}.json"
-        told = {"step": run.step, "student": name, "terms": terms, "images of the last batch": index.tolist()}
-        told |= {
-            "lr": trainee.optimizer.param_groups[0]["lr"],
-            "scale": scaler and scaler.get_scale(),
-            "skipped": trainee.skipped,
-        }
-        if run.lead.is_main_process:
-            recipe.write_atomic(dump, json.dumps(told, indent=2) + "\n")
-        raise TrainingError(
-            f"student {name!r}: the gradient is not finite at step {run.step}, loss {terms[-1]['loss']}: {dump}"
-        )
-    for trainee in run.trainees:
-        scaler = trainee.accelerator.scaler
-        if trainee.overflows and scaler and scaler.get_scale() < MIN_GRADIENT_SCALE:
-            raise TrainingError(
-                f"student {trainee.settings.name!r}: float16's gradient scale fell to {scaler.get_scale():.3g} by step "
-                f"{run.step}: every gradient overflows; try --mixed_precision bf16"
+        name, scaler, skipped = trainee.settings.name, trainee.accelerator.scaler, int(trainee.skipped)
+        new, trainee.skips_told = skipped - trainee.skips_told, skipped
+        trainee.barren = trainee.barren + new if new == run.timed[0] else 0
+        deepspeed = trainee.accelerator.distributed_type == DistributedType.DEEPSPEED  # has taken the step
+        if scaler is not None:
+            if new and scaler.get_scale() < MIN_GRADIENT_SCALE:
+                raise TrainingError(
+                    f"student {name!r}: float16's gradient scale fell to {scaler.get_scale():.3g} by step {run.step}: every "
+                    "gradient overflows; try --mixed_precision bf16"
+                )
+        elif trainee.barren >= MAX_SKIPPED_STEPS or skipped > max(MAX_SKIPPED_STEPS, run.stop / 100) or (new and deepspeed):
+            stop_with_dump(run, trainee)
+        elif new:
+            run.lead.print(
+                f"warning: student {name!r}: gradient not finite in {new} of the last {run.timed[0]} steps, which were "
+                f"skipped; {skipped} skipped by step {run.step}"
             )
+
+
+def stop_with_dump(run, trainee):
+    name, dump = trainee.settings.name, run.folder / f"not-finite-{trainee.settings.name}-{run.step}.json"
+    told = {"step": run.step, "student": name, "skipped": int(trainee.skipped), "lr": trainee.optimizer.param_groups[0]["lr"]}
+    told["terms of the last batch"] = {term: str(value.item()) for term, value in trainee.terms.items()}  # NaN is not JSON
+    told["images of the last batch"] = run.index.tolist()
+    if run.lead.is_main_process:
+        recipe.write_atomic(dump, json.dumps(told, indent=2) + "\n")
+    raise TrainingError(
+        f"student {name!r}: the gradient is not finite at step {run.step}, loss {told['terms of the last batch']['loss']}; "
+        f"{told['skipped']} steps were skipped: {dump}"
+    )
 
 
 class Signals:
@@ -363,14 +375,17 @@ class Signals:
 
 def log_losses(run):
     """Write a row of mean loss terms, learning rates and speed since the last one; returns the mean loss for people."""
+    check_finite(run)
     steps, seconds = run.timed
     row = {}
     for trainee in run.trainees:
         name = trainee.settings.name
-        for term, total in trainee.sums.items():
-            row[f"{term}/{name}"] = trainee.accelerator.reduce(total / trainee.summed, "mean").item()
+        summed = int(trainee.summed)
+        for term, total in trainee.sums.items() if summed else ():
+            row[f"{term}/{name}"] = trainee.accelerator.reduce(total / summed, "mean").item()
         row[f"lr/{name}"] = trainee.optimizer.param_groups[0]["lr"]
-        row |= {f"{what}/{name}": n for what, n in (("skipped", trainee.skipped), ("overflows", trainee.overflows)) if n}
+        if trainee.skips_told:  # a float16 scaler's overflows are a matter of course
+            row[f"{'overflows' if trainee.accelerator.scaler else 'skipped'}/{name}"] = trainee.skips_told
         trainee.sums, trainee.summed = {}, 0
         if not math.isfinite(row.get(f"loss/{name}", 0.0)):
             raise TrainingError(f"student {name!r}: the loss is {row[f'loss/{name}']} by step {run.step}")
@@ -495,7 +510,8 @@ def write_checkpoint(run, sums, optimizers, broken):
             "optimizer": optimizer_rest,
             "scaler": trainee.accelerator.scaler.state_dict() if trainee.accelerator.scaler else None,
             "sums": own_sums,
-            **{key: getattr(trainee, key) for key in COUNTERS},
+            **{key: int(getattr(trainee, key)) for key in COUNTERS},
+            **{key: getattr(trainee, key) for key in ("last", "best")},
         }
     recipe.write_atomic(temporary / "state.json", json.dumps(state))
     recipe.write_atomic(temporary / "manifest.json", json.dumps(manifest(run, temporary), indent=2) + "\n")
@@ -604,7 +620,7 @@ def restore(run):
         if own["scaler"]:
             trainee.accelerator.scaler.load_state_dict(own["scaler"])
         trainee.sums = {term: torch.tensor(total, device=run.lead.device) for term, total in own["sums"].items()}
-        for key in COUNTERS:
+        for key in (*COUNTERS, "last", "best"):
             setattr(trainee, key, own[key])
 
 
@@ -802,17 +818,30 @@ def make_student(settings, student, teacher=None, labels=None):
             theirs = teacher.shapes(settings.data.size, teacher_taps(settings, teacher), settings.teacher.preactivation)
             soft = soft(own, theirs, labels)
         module = models.Distilled(network, hard, soft, student.hard.weight, taps, student.preactivation)
-        optimizer = create_optimizer_v2(
-            module,
-            opt=student.optimizer,
-            lr=student.lr,
-            weight_decay=student.weight_decay,
-            filter_bias_and_bn=not student.decay_norm_and_bias,
-            **student.optimizer_args,
-        )
+        optimizer = make_optimizer(module, student)
     except (ValueError, TypeError, AssertionError) as error:
         raise recipe.RecipeError(f"student {student.name!r}: {error}") from error
     return module, optimizer
+
+
+def make_optimizer(module, student):
+    """timm's optimizer of that name: fused where PyTorch has it fused, and LAMB as one that can skip a step on the device."""
+    fused = {"fused": True} if student.optimizer in FUSED else {}
+    optimizer = create_optimizer_v2(
+        module,
+        opt=student.optimizer,
+        lr=student.lr,
+        weight_decay=student.weight_decay,
+        filter_bias_and_bn=not student.decay_norm_and_bias,
+        **fused | student.optimizer_args,
+    )
+    if isinstance(optimizer, timm.optim.Lamb):
+        return models.Lamb.like(optimizer)
+    if isinstance(optimizer, torch.optim.SGD) and not student.optimizer_args.get("dampening"):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:  # PyTorch leaves them uninitialised if the first step is skipped
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def checkpoint_activations(model, student):
@@ -862,7 +891,7 @@ def make_run(settings, folder, teacher, options):
             module.to(memory_format=torch.contiguous_format)  # it flattens weights, and its broadcast fails on others
         module, optimizer = accelerator.prepare(module, optimizer)
         module.train()
-        trainee = Trainee(student, accelerator, module, optimizer, None, {})
+        trainee = Trainee(student, accelerator, module, optimizer, None)
         if student.ema is not None:
             trainee.ema = ModelEmaV3(trainee.net, decay=student.ema)
         trainees.append(trainee)
@@ -912,7 +941,7 @@ def make_teacher(settings, path, out, options, accelerator):
         if not options.limit:
             raise models.ModelError(message)
         accelerator.print(f"warning: {message} Going on, because --limit asks for a trial only.")
-    return network, {"name": name, "parameters": count_parameters(network), **scores}
+    return models.freeze(network, settings.data.size), {"name": name, "parameters": count_parameters(network), **scores}
 
 
 def trained(path, parent, options, accelerator):
