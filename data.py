@@ -253,12 +253,23 @@ def describe(source):
 # ---------------------------------------------------------------- one image
 
 
-def seed_all(*key):
-    """Seed torch, numpy and random from integers: timm draws from all three. The key is all the state there is."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+def seed_of(*key):
+    """One seed of several integers: all the state that randomness has here."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def seed_torch(seed, device=None):
+    """The generators of the CPU and of `device`. torch.manual_seed also asks for devices that are not there, for 0.6 ms."""
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def seed_all(seed, device=None):
+    """Seed random, numpy and torch: timm draws from all three."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_torch(seed, device)
 
 
 def decode(image):
@@ -540,7 +551,7 @@ class _Crops:
         return (*default_collate(samples), broken)
 
     def _crop(self, image, label, index, epoch, repeat):
-        seed_all(self.seed, epoch, index, repeat)
+        seed_all(seed_of(self.seed, epoch, index, repeat))
         return _transformed(image, index, self.transform), label, index
 
 

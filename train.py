@@ -50,7 +50,7 @@ import models
 import recipe
 from evaluate import accuracy, table, to_float
 
-COUNTERS = ("summed", "skipped", "skips_told", "barren")  # of a student, saved as JSON
+COUNTERS = ("skipped", "barren", "last", "best")  # of a student, saved as JSON
 MAX_STATE_BYTES = 16 << 20  # of a checkpoint's JSON files
 KEEP_CHECKPOINTS = 2
 MAX_FAILED_SAVES = 3  # in a row; then the run stops with EXIT_UNSAVED
@@ -61,6 +61,7 @@ BOARD = {"train": ("loss", "hard", "soft", "lr", "seconds"), "test": ("top1", "t
 RUN_BOARD = ("epoch", "speed/images_per_second", "seconds/data", "seconds/teacher")
 ELEMENTWISE = {"sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "lion", "rmsprop"}  # blind to where a tensor ends
 FUSED = {"sgd", "momentum", "adam", "adamw"}  # timm's names for PyTorch's fused optimizers
+TERMS = ("loss", "hard", "soft")  # of models.Distilled, in its order
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -117,14 +118,11 @@ class Trainee:
     module: torch.nn.Module  # a prepared models.Distilled
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
-    # on the device, because reading is a synchronisation:
-    terms: dict = dataclasses.field(default_factory=dict)  # of the last batch
-    sums: dict = dataclasses.field(default_factory=dict)  # of the terms since the last log row, without skipped steps
-    summed: torch.Tensor | int = 0  # batches in `sums`
-    skipped: torch.Tensor | int = 0  # steps left out because a gradient was not finite
-    # on the host:
-    parts: list = dataclasses.field(default_factory=list)  # the terms of this step's batches
-    skips_told: int = 0  # skipped steps by the last log row
+    # Loss terms stay on the device until a log row, because reading is a synchronisation: vectors of TERMS and a 1.
+    parts: list = dataclasses.field(default_factory=list)  # of this step's batches
+    last_part: torch.Tensor | None = None
+    sums: torch.Tensor | float = 0.0  # since the last log row, without those of skipped steps
+    skipped: int = 0  # steps left out by the last log row, because a gradient was not finite
     barren: int = 0  # steps up to the last log row, all of them skipped
     last: dict | None = None  # the newest scores, with their step
     best: dict | None = None
@@ -207,17 +205,17 @@ def train(run):
         for part in range(loader.accumulate):
             run.clock.mark(None)
             images, labels, index = next(batches)
-            randomness = (settings.seed, run.step, part, lead.process_index)
-            data.seed_all(*randomness)
+            seed = data.seed_of(settings.seed, run.step, part, lead.process_index)
             images = to_float(images, lead.device)
             target, index = (t.to(lead.device, non_blocking=True) for t in (labels, index))
             if mix:
+                data.seed_all(seed, lead.device)
                 images, target = mix(images, target)
             run.clock.mark("data")
             taught = None if run.teacher is None else teach(run, images)
             run.clock.mark("teacher")
             for trainee in run.trainees:
-                data.seed_all(*randomness)  # the same dropout, alone or in company
+                data.seed_torch(seed, lead.device)  # the same dropout, alone or in company
                 lr = lr_at(run.step, loader.steps_per_epoch, settings.epochs, settings.schedule, trainee.settings.lr)
                 soft_weight = soft_weight_at(epoch, trainee.settings.soft)
                 learn(trainee, images, taught, target, index, lr, soft_weight)
@@ -263,7 +261,8 @@ def learn(trainee, images, taught, target, index, lr, soft_weight):
         recomputed = trainee.settings.grad_checkpointing
         with models.frozen_statistics(trainee.module) if recomputed else contextlib.nullcontext():
             accelerator.backward(terms["loss"])  # with DeepSpeed also clips and steps
-        trainee.parts.append({name: term.detach() for name, term in terms.items()})
+        values = [term.detach() for term in terms.values()]
+        trainee.parts.append(torch.stack([*values, torch.ones_like(values[0])]))
         if accelerator.sync_gradients:
             tally(trainee, update(trainee))
 
@@ -275,10 +274,10 @@ def update(trainee):
     """
     accelerator, optimizer, clip = trainee.accelerator, trainee.optimizer, trainee.settings.clip_grad
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # has stepped already: the loss must tell
-        return accelerator.reduce(trainee.parts[-1]["loss"].clone(), "sum").isfinite()
+        return accelerator.reduce(trainee.parts[-1][0].clone(), "sum").isfinite()
     accelerator.unscale_gradients(optimizer)
     parameters = [p for p in trainee.module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters])))
     if clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     finite, inner = norm.isfinite(), optimizer.optimizer
@@ -296,20 +295,25 @@ def update(trainee):
 
 
 def tally(trainee, finite):
-    """Count a step and add up its loss terms, on the device."""
-    for terms in trainee.parts:
-        for name, term in terms.items():
-            trainee.sums[name] = trainee.sums.get(name, 0.0) + torch.where(finite, term, 0.0)
-    trainee.summed = trainee.summed + finite * len(trainee.parts)
-    trainee.skipped = trainee.skipped + finite.logical_not()
-    trainee.terms, trainee.parts = trainee.parts[-1], []
+    """Add up the loss terms of a step that was taken, on the device."""
+    for part in trainee.parts:
+        trainee.sums = trainee.sums + torch.where(finite, part, 0.0)
+    trainee.last_part, trainee.parts = trainee.parts[-1], []
 
 
-def check_finite(run):
+def read_sums(run, trainee):
+    """(mean loss terms by name since the last log row, steps that were skipped since then), over all processes."""
+    *sums, batches = run.lead.reduce(trainee.sums.clone(), "mean").tolist()
+    steps = round(batches) // run.loader.accumulate
+    means = {name: total / batches for name, total in zip(TERMS, sums, strict=False)} if steps else {}
+    return means, run.timed[0] - steps
+
+
+def check_finite(run, skipped):
     """Too many steps without a finite gradient end the run, with a dump; the older checkpoints are good."""
-    for trainee in run.trainees:
-        name, scaler, skipped = trainee.settings.name, trainee.accelerator.scaler, int(trainee.skipped)
-        new, trainee.skips_told = skipped - trainee.skips_told, skipped
+    for trainee, new in zip(run.trainees, skipped, strict=True):
+        name, scaler = trainee.settings.name, trainee.accelerator.scaler
+        trainee.skipped += new
         trainee.barren = trainee.barren + new if new == run.timed[0] else 0
         deepspeed = trainee.accelerator.distributed_type == DistributedType.DEEPSPEED  # has taken the step
         if scaler is not None:
@@ -318,19 +322,20 @@ def check_finite(run):
                     f"student {name!r}: float16's gradient scale fell to {scaler.get_scale():.3g} by step {run.step}: every "
                     "gradient overflows; try --mixed_precision bf16"
                 )
-        elif trainee.barren >= MAX_SKIPPED_STEPS or skipped > max(MAX_SKIPPED_STEPS, run.stop / 100) or (new and deepspeed):
+        elif trainee.barren >= MAX_SKIPPED_STEPS or trainee.skipped > max(MAX_SKIPPED_STEPS, run.stop / 100) or (new and deepspeed):
             stop_with_dump(run, trainee)
         elif new:
             run.lead.print(
                 f"warning: student {name!r}: gradient not finite in {new} of the last {run.timed[0]} steps, which were "
-                f"skipped; {skipped} skipped by step {run.step}"
+                f"skipped; {trainee.skipped} skipped by step {run.step}"
             )
 
 
 def stop_with_dump(run, trainee):
     name, dump = trainee.settings.name, run.folder / f"not-finite-{trainee.settings.name}-{run.step}.json"
-    told = {"step": run.step, "student": name, "skipped": int(trainee.skipped), "lr": trainee.optimizer.param_groups[0]["lr"]}
-    told["terms of the last batch"] = {term: str(value.item()) for term, value in trainee.terms.items()}  # NaN is not JSON
+    told = {"step": run.step, "student": name, "skipped": trainee.skipped, "lr": trainee.optimizer.param_groups[0]["lr"]}
+    terms = zip(TERMS, trainee.last_part.tolist(), strict=False)
+    told["terms of the last batch"] = {term: str(value) for term, value in terms}  # NaN is not JSON
     told["images of the last batch"] = run.index.tolist()
     if run.lead.is_main_process:
         recipe.write_atomic(dump, json.dumps(told, indent=2) + "\n")
@@ -375,18 +380,17 @@ class Signals:
 
 def log_losses(run):
     """Write a row of mean loss terms, learning rates and speed since the last one; returns the mean loss for people."""
-    check_finite(run)
+    means, skipped = zip(*(read_sums(run, trainee) for trainee in run.trainees), strict=True)
+    check_finite(run, skipped)
     steps, seconds = run.timed
     row = {}
-    for trainee in run.trainees:
+    for trainee, terms in zip(run.trainees, means, strict=True):
         name = trainee.settings.name
-        summed = int(trainee.summed)
-        for term, total in trainee.sums.items() if summed else ():
-            row[f"{term}/{name}"] = trainee.accelerator.reduce(total / summed, "mean").item()
+        row |= {f"{term}/{name}": mean for term, mean in terms.items()}
         row[f"lr/{name}"] = trainee.optimizer.param_groups[0]["lr"]
-        if trainee.skips_told:  # a float16 scaler's overflows are a matter of course
-            row[f"{'overflows' if trainee.accelerator.scaler else 'skipped'}/{name}"] = trainee.skips_told
-        trainee.sums, trainee.summed = {}, 0
+        if trainee.skipped:  # a float16 scaler's overflows are a matter of course
+            row[f"{'overflows' if trainee.accelerator.scaler else 'skipped'}/{name}"] = trainee.skipped
+        trainee.sums = 0.0
         if not math.isfinite(row.get(f"loss/{name}", 0.0)):
             raise TrainingError(f"student {name!r}: the loss is {row[f'loss/{name}']} by step {run.step}")
     if broken := len(run.loader.broken):
@@ -458,7 +462,7 @@ def write_rows(run):
 
 def save(run):
     """A checkpoint of now. One that cannot be written is reported; the run stops after MAX_FAILED_SAVES of them in a row."""
-    sums = [{term: run.lead.reduce(total, "mean").item() for term, total in t.sums.items()} for t in run.trainees]
+    sums = [run.lead.reduce(t.sums.clone(), "mean").tolist() if run.timed[0] else 0.0 for t in run.trainees]
     optimizers = [optimizer_state(trainee) for trainee in run.trainees]
     broken = gather_object(list(run.loader.broken.items()))
     run.clock.read()
@@ -510,8 +514,7 @@ def write_checkpoint(run, sums, optimizers, broken):
             "optimizer": optimizer_rest,
             "scaler": trainee.accelerator.scaler.state_dict() if trainee.accelerator.scaler else None,
             "sums": own_sums,
-            **{key: int(getattr(trainee, key)) for key in COUNTERS},
-            **{key: getattr(trainee, key) for key in ("last", "best")},
+            **{key: getattr(trainee, key) for key in COUNTERS},
         }
     recipe.write_atomic(temporary / "state.json", json.dumps(state))
     recipe.write_atomic(temporary / "manifest.json", json.dumps(manifest(run, temporary), indent=2) + "\n")
@@ -619,8 +622,8 @@ def restore(run):
             trainee.ema.module.load_state_dict(safetensors.torch.load_file(found / f"{name}.ema.safetensors"))
         if own["scaler"]:
             trainee.accelerator.scaler.load_state_dict(own["scaler"])
-        trainee.sums = {term: torch.tensor(total, device=run.lead.device) for term, total in own["sums"].items()}
-        for key in (*COUNTERS, "last", "best"):
+        trainee.sums = torch.tensor(own["sums"], device=run.lead.device)
+        for key in COUNTERS:
             setattr(trainee, key, own[key])
 
 
@@ -973,7 +976,7 @@ def differences(old, new, path=""):
 def write_result(run, teacher_scores):
     """Export the students and write result.json: the last evaluation is the result, the best one is only told."""
     lead, names = run.lead, run.loader.split.names
-    if run.trainees[0].sums:
+    if run.timed[0]:
         log_losses(run)  # after the last checkpoint: the rows of a shortened interval are not those of a resumed run
     if run.trainees[0].last is None or run.trainees[0].last["step"] != run.step:
         log_accuracy(run)
