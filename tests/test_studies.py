@@ -80,7 +80,7 @@ def test_a_run_on_a_cut_resumes_to_the_bit_and_says_so(tmp_path, teacher_file, c
     path = write(tmp_path / "r.json", **changes)
     whole = run(path, tmp_path / "whole")
     assert whole["steps"] == 10 and "  data: 269 images (0.3 of each class) of digits" in capsys.readouterr().out
-    run(path, tmp_path / "parts", "--limit", 7)
+    run(path, tmp_path / "parts", "--limit", 4)
     run(path, tmp_path / "parts", "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(SystemExit):
