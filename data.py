@@ -41,6 +41,7 @@ from torchvision import transforms
 
 DIGITS_TRAIN = 898  # of scikit-learn's 1,797 digits
 DIGITS_SHARDS = 8  # where they are streamed
+FRACTION_SEED = 0  # of the cut to data.fraction: not the run's, whose spread would then be that of other images, too
 MAX_PIXELS = 89_478_485  # PIL warns of a decompression bomb above this, and refuses twice of it; here both are refused
 
 
@@ -201,6 +202,19 @@ def _rows_of_tar(file):
     """Samples of a webdataset shard: members with the same name up to the first dot are one. Reads the headers alone."""
     with tarfile.open(file) as tar:
         return len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
+
+
+def share_of_each_class(labels, fraction):
+    """Row numbers, ascending, of a share of each class of labels [n]: the rounded count, but at least one of a class.
+
+    Drawn with one seed for all runs, so that seeds, recipes and machines compare on the same images; a smaller share lies
+    inside a larger one. It depends on the order of the rows, which is the source's.
+    """
+    drawn = np.random.default_rng(FRACTION_SEED).random(len(labels))  # the lowest of a class are in, whatever the fraction
+    by_class = np.lexsort((drawn, labels))
+    _, start, count = np.unique(np.asarray(labels)[by_class], return_index=True, return_counts=True)
+    place = np.arange(len(labels)) - np.repeat(start, count)
+    return np.sort(by_class[place < np.repeat(np.maximum(1, np.rint(fraction * count)), count)])
 
 
 def _are_images(files):
@@ -394,6 +408,8 @@ class TrainLoader:
     A step is one optimizer step of `batch_size` images over all processes: `accumulate` batches here, of
     `batch_size_per_process` images each. Without drop_last an epoch's last step is smaller, the same share on each process.
 
+    With data.fraction below 1 the split, its size, labels and ids (row numbers) are those of the cut; data.train_size is not.
+
     `broken`: what was skipped, {image id: "image 17 (name): reason"}, of the batches that `batches` has given out so far. A
     trainer that resumes sets it to what it was (ids are int), so that the cap holds for the whole run.
     """
@@ -417,6 +433,11 @@ class TrainLoader:
                 f"{data.source}, {data.train_split}: {self.size} images found, the recipe's data.train_size is "
                 f"{data.train_size}: if these are the right images, --set data.train_size={self.size}"
             )
+        if data.fraction < 1:
+            labels = self.split.rows.with_format("numpy", columns=[data.label])[:][data.label]
+            cut = self.split.rows.select(share_of_each_class(labels, data.fraction))
+            self.split = dataclasses.replace(self.split, rows=cut)
+            self.size = len(self.split.rows)
         self.steps_per_epoch = self.size // batch_size
         if not data.drop_last and self.size % batch_size >= self.accumulate * world:
             self.steps_per_epoch += 1

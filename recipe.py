@@ -114,6 +114,7 @@ class Data:
     crop_pct: Annotated[float, Bounds(0.01, 1)]  # evaluation: resize to size / crop_pct, centre crop
     interpolation: Literal["bilinear", "bicubic"]  # evaluation
     max_broken: Share = 0.001  # share of the training images that may be broken before the run stops
+    fraction: Annotated[float, Bounds(1e-4, 1)] = 1.0  # of each class: train on so many of its images, the same for all seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,8 +435,11 @@ def _contradictions(recipe):
     if data.streaming != (data.shuffle_buffer > 0):
         expected = "at least 1 with" if data.streaming else "0 without"
         yield f"data.shuffle_buffer: expected {expected} streaming, got {data.shuffle_buffer}"
-    if data.train_size and data.drop_last and data.train_size < recipe.batch_size:
-        yield f"data: {data.train_size} images do not fill one batch of {recipe.batch_size}, and drop_last is true"
+    if data.streaming and data.fraction < 1:
+        yield "data.fraction: a stream's classes are not known beforehand: set streaming to false and shuffle_buffer to 0"
+    if data.train_size and data.drop_last and data.train_size * data.fraction < recipe.batch_size:
+        kept = f"{data.train_size * data.fraction:.0f} images"
+        yield f"data: {kept} do not fill one batch of {recipe.batch_size}, and drop_last is true"
     names = [s.name for s in recipe.students] + [f"{s.name}-ema" for s in recipe.students if s.ema is not None]
     if len(set(names)) < len(names):
         yield f"students: names must differ, also from NAME-ema of a student with ema; got {names}"

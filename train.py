@@ -954,7 +954,8 @@ def trained(path, parent, options, accelerator):
     if not finished(folder, None):
         folder = parent / (path.stem + limit_suffix(options))
         run_recipe(path, [], folder, dataclasses.replace(options, resume=folder.exists()))
-    changes = differences(recipe.read_json(folder / "recipe.json"), json.loads(recipe.dump(load(path, [], options))))
+    begun = json.loads(recipe.dump(recipe.load(folder / "recipe.json")))
+    changes = differences(begun, json.loads(recipe.dump(load(path, [], options))))
     if changes:
         accelerator.print(f"note: the teacher in {folder} was trained with other settings than {path}: {'; '.join(changes)}")
     return folder
@@ -1117,7 +1118,7 @@ def open_folder(folder, settings, options):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         elif not options.resume:
             raise recipe.RecipeError(f"{folder}: holds a run already: continue it with --resume or replace it with --overwrite")
-        elif changes := differences(recipe.read_json(here), json.loads(text)):
+        elif changes := differences(json.loads(recipe.dump(recipe.load(here))), json.loads(text)):
             lines = "\n  ".join(changes)
             raise recipe.RecipeError(f"{folder}: --resume with other settings than the run began with:\n  {lines}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1193,11 +1194,12 @@ def describe(run):
     """The plan, before it costs a day."""
     settings, loader, kind = run.settings, run.loader, "streamed" if run.settings.data.streaming else "memory-mapped"
     steps, repeats = run.stop, settings.data.repeats
+    share = f" ({settings.data.fraction:g} of each class)" if settings.data.fraction < 1 else ""
     lines = [
         f"{run.folder}: {settings.epochs} epochs of {loader.steps_per_epoch} steps"
         + (f", of which this run makes {run.stop} steps" if run.limit else "")
         + (f"; resumed at step {run.step}" if run.step else ""),
-        f"  data: {loader.size:,} images of {settings.data.source}, {kind}; {steps * settings.batch_size:,} crops of "
+        f"  data: {loader.size:,} images{share} of {settings.data.source}, {kind}; {steps * settings.batch_size:,} crops of "
         f"{settings.data.size} pixels from {-(-steps * settings.batch_size // repeats):,} images read ({repeats} of each)",
         f"  batch: {settings.batch_size} = {loader.world} processes x {loader.per_process} x {loader.accumulate} accumulated",
     ]

@@ -406,6 +406,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, teacher_file, mon
         (dict(students__1__model_args={"widths": [4, 4, 8, 16]}), False),
         (dict(data__classes=11), False),
         (dict(data__hflip=0.5), False),
+        (dict(data__fraction=0.5), False),
     ],
     ids=str,
 )
