@@ -16,6 +16,7 @@ nothing: a score over fewer images would be another score.
 import dataclasses
 import difflib
 import functools
+import hashlib
 import io
 import itertools
 import random
@@ -269,7 +270,7 @@ def describe(source):
 
 def seed_of(*key):
     """One seed of several integers: all the state that randomness has here."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=4).digest(), "little")
 
 
 def seed_torch(seed, device=None):

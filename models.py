@@ -537,7 +537,7 @@ class Lamb(torch.optim.Optimizer):
     def step(self):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         skip = getattr(self, "found_inf", None)
-        skip = parameters[0].new_zeros(()) if skip is None else skip.to(torch.float32)
+        skip = parameters[0].new_zeros(()) if skip is None else skip.to(parameters[0].dtype)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         for group in self.param_groups:
             if own := [p for p in group["params"] if p.grad is not None]:
@@ -555,9 +555,9 @@ class Lamb(torch.optim.Optimizer):
         gradients = [torch.where(kept, 0.0, p.grad) for p in parameters]  # not times 0, which leaves NaN
         if group["max_grad_norm"]:
             torch._foreach_mul_(gradients, torch.where(kept, 0.0, (group["max_grad_norm"] / norm).clamp(max=1.0)))
-        torch._foreach_mul_(m, torch.where(kept, 1.0, beta1))
+        torch._foreach_mul_(m, 1 - (1 - beta1) * (1 - skip))
         torch._foreach_add_(m, gradients, alpha=1 - beta1)
-        torch._foreach_mul_(v, torch.where(kept, 1.0, beta2))
+        torch._foreach_mul_(v, 1 - (1 - beta2) * (1 - skip))
         torch._foreach_addcmul_(v, gradients, gradients, value=1 - beta2)
 
         root = torch._foreach_sqrt(v)

@@ -315,6 +315,7 @@ def check_finite(run, skipped):
         name, scaler = trainee.settings.name, trainee.accelerator.scaler
         trainee.skipped += new
         trainee.barren = trainee.barren + new if new == run.timed[0] else 0
+        many = trainee.barren >= MAX_SKIPPED_STEPS or trainee.skipped > max(MAX_SKIPPED_STEPS, run.stop / 100)
         deepspeed = trainee.accelerator.distributed_type == DistributedType.DEEPSPEED  # has taken the step
         if scaler is not None:
             if new and scaler.get_scale() < MIN_GRADIENT_SCALE:
@@ -322,7 +323,7 @@ def check_finite(run, skipped):
                     f"student {name!r}: float16's gradient scale fell to {scaler.get_scale():.3g} by step {run.step}: every "
                     "gradient overflows; try --mixed_precision bf16"
                 )
-        elif trainee.barren >= MAX_SKIPPED_STEPS or trainee.skipped > max(MAX_SKIPPED_STEPS, run.stop / 100) or (new and deepspeed):
+        elif many or (new and deepspeed):
             stop_with_dump(run, trainee)
         elif new:
             run.lead.print(
