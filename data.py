@@ -205,6 +205,12 @@ def _rows_of_tar(file):
         return len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
 
 
+def _cut(split, data):
+    """The split with data.fraction of its rows."""
+    labels = split.rows.with_format("numpy", columns=[data.label])[:][data.label]
+    return dataclasses.replace(split, rows=split.rows.select(share_of_each_class(labels, data.fraction)))
+
+
 def share_of_each_class(labels, fraction):
     """Row numbers, ascending, of a share of each class of labels [n]: the rounded count, but at least one of a class.
 
@@ -413,9 +419,12 @@ class TrainLoader:
 
     `broken`: what was skipped, {image id: "image 17 (name): reason"}, of the batches that `batches` has given out so far. A
     trainer that resumes sets it to what it was (ids are int), so that the cap holds for the whole run.
+
+    With data.resident batches are made on `device` and have a fourth part, int64 [2, B] on the host: the ids of the images
+    and the numbers of their views, see Resident. All broken images are known, and counted, before the first batch.
     """
 
-    def __init__(self, data, *, seed, batch_size, batch_size_per_process, rank=0, world=1, workers=0, pin=False):
+    def __init__(self, data, *, seed, batch_size, batch_size_per_process, rank=0, world=1, workers=0, pin=False, device="cpu"):
         if batch_size % (batch_size_per_process * world):
             raise DataError(
                 f"batch_size {batch_size} is not a multiple of {world} processes x batch_size_per_process "
@@ -435,15 +444,17 @@ class TrainLoader:
                 f"{data.train_size}: if these are the right images, --set data.train_size={self.size}"
             )
         if data.fraction < 1:
-            labels = self.split.rows.with_format("numpy", columns=[data.label])[:][data.label]
-            cut = self.split.rows.select(share_of_each_class(labels, data.fraction))
-            self.split = dataclasses.replace(self.split, rows=cut)
+            self.split = _cut(self.split, data)
             self.size = len(self.split.rows)
         self.steps_per_epoch = self.size // batch_size
         if not data.drop_last and self.size % batch_size >= self.accumulate * world:
             self.steps_per_epoch += 1
         if not self.steps_per_epoch:
             raise DataError(f"{data.source}, {data.train_split}: {self.size} images do not fill one step of {batch_size}")
+        self.resident = None
+        if data.resident:
+            self.resident = resident(data, data.train_split, torch.device(device), cut=data.fraction < 1)
+            self._count(self.resident.broken)
 
     def _check_stream(self):
         """The lengths of a stream's shards, where they are known."""
@@ -470,6 +481,8 @@ class TrainLoader:
 
         Raises DataError for more broken images than data.max_broken allows, and for a worker process that died.
         """
+        if self.resident:
+            return _resident_batches(self, _Order(self, start, stop))
         common = dict(batch_size=None, num_workers=self.workers, pin_memory=self.pin)  # None: they come as batches
         if self.data.streaming:
             return self._watched(iter(DataLoader(_Stream(self, start, stop), **common)))
@@ -692,6 +705,108 @@ def _shuffled(rows, size, chance):
     yield from buffer
 
 
+# ---------------------------------------------------------------- a set that is resident
+
+
+class Resident:
+    """A split's images, padded, as one tensor on a device: uint8 [N, 3, size + 2 padding, size + 2 padding].
+
+    A crop of an image is one of its `views`: view = 2 * (y * (2 padding + 1) + x) + flipped, for a crop at (y, x) of the
+    padded image. Decoded once; a broken image stays black, is in `broken` by its id, and no batch shows it.
+    """
+
+    def __init__(self, split, data, device):
+        p, self.size, self.device = data.crop.padding, data.size, device
+        self.views, self.broken = 2 * (2 * p + 1) ** 2, {}
+        n, side = len(split.rows), data.size + 2 * p
+        try:
+            images, labels = torch.zeros(n, 3, side, side, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)
+            for i, (image, labels[i]) in enumerate(self._decoded(split, data)):
+                if image is not None:
+                    images[i, :, p : p + data.size, p : p + data.size] = torch.from_numpy(image)
+            self.images, self.labels = images.to(device), labels.to(device)
+        except RuntimeError as error:  # on a GPU and on a CPU
+            told = f"{data.source}: its {n:,} images do not fit into the memory of {device}"
+            raise DataError(f"{told} ({3 * n * side**2 / 1e9:.2f} GB): set data.resident to false") from error
+        self.whole = 2 * p * (2 * p + 2)  # the view without shift and flip
+
+    def _decoded(self, split, data):
+        """(uint8 [3, size, size] or None, class id) of every row. PIL decodes outside of Python's lock: threads do."""
+
+        def decoded(index, row):
+            try:
+                image, label = _decoded(row, index, data, split.ids)
+            except BrokenImage as error:
+                return None, str(error)
+            if image.size != (data.size, data.size):
+                raise DataError(
+                    f"{data.source}: image {index}: {image.width}x{image.height} pixels; data.resident needs "
+                    f"{data.size}x{data.size}: set data.resident to false, and data.crop to 'resized' for other sizes"
+                )
+            return np.array(image).transpose(2, 0, 1), label
+
+        rows = (dict(zip(c, v, strict=True)) for c in split.rows.iter(1000) for v in zip(*c.values(), strict=True))
+        with ThreadPoolExecutor() as pool:
+            for i, (image, label) in enumerate(pool.map(decoded, itertools.count(), rows)):
+                if image is None:
+                    self.broken[i] = label
+                yield image, 0 if image is None else label
+
+    def crops(self, index, view):
+        """uint8 [B, 3, size, size]: view int64 [B] of images index int64 [B], both on the device."""
+        shifts = self.images.unfold(2, self.size, 1).unfold(3, self.size, 1).permute(0, 2, 3, 1, 4, 5)  # a view of memory
+        shift = view // 2
+        images = shifts[index, shift // shifts.shape[2], shift % shifts.shape[2]]
+        return torch.where((view % 2 == 1).view(-1, 1, 1, 1), images.flip(3), images)
+
+    def digest(self):
+        """sha256 of the pixels."""
+        return hashlib.sha256(self.images.cpu().numpy()).hexdigest()
+
+
+@functools.lru_cache(maxsize=2)  # training and test: every run of a recipe, and its teacher's evaluation, share them
+def resident(data, name, device, *, cut=False):
+    """The `Resident` of a split by name, `cut` to data.fraction of it."""
+    split = open_split(data, name)
+    return Resident(_cut(split, data) if cut else split, data, device)
+
+
+def _resident_batches(loader, order):
+    """(images, labels, index) on the device and int64 [2, B] on the host, (image id, view): see TrainLoader."""
+    own, data = loader.resident, loader.data
+
+    @functools.lru_cache(maxsize=data.repeats + 1)
+    def views(epoch, repeat):
+        # not [seed, epoch, repeat]: numpy ignores zeros at the end, and [seed, epoch] draws the order
+        chance = np.random.default_rng([loader.seed, epoch, 1 + repeat])
+        return 2 * chance.integers(own.views // 2, size=loader.size) + (chance.random(loader.size) < data.hflip)
+
+    for keys in order:
+        epoch, repeats, index = np.array(keys).T
+        if own.broken:
+            repeats, index = _without_broken(own.broken, repeats, index, data)
+        view = np.empty_like(index)
+        for repeat in set(repeats.tolist()):
+            view[repeats == repeat] = views(epoch[0], repeat)[index[repeats == repeat]]
+        crops = torch.from_numpy(np.stack([index, view]))
+        index, view = crops.to(own.device, non_blocking=True)
+        yield own.crops(index, view), own.labels[index], index, crops
+
+
+def _without_broken(broken, repeats, index, data):
+    """Broken images' places go to the next good image of the batch, as _Crops.batch does."""
+    good = [i for i, image in enumerate(index.tolist()) if image not in broken]
+    if not good:
+        reasons = _first([broken[image] for image in index.tolist()])
+        raise DataError(f"{data.source}: none of the {len(index)} images of a batch can be decoded\n{reasons}")
+    source = [min(good, key=lambda g, i=i: (g - i) % len(index)) for i in range(len(index))]
+    places = np.arange(len(index))
+    return np.where(source == places, repeats, data.repeats + places), index[source]
+
+
+# ---------------------------------------------------------------- mixing
+
+
 def mixer(data):
     """(images [B,3,H,W] float in [0, 1], labels [B]) -> (images, target): random erasing, mixup, cutmix. None for neither.
 
@@ -722,12 +837,18 @@ def _erase(images, probability):
 # ---------------------------------------------------------------- evaluation
 
 
-def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numbered=False):
+def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numbered=False, device="cpu"):
     """Every image of the test split once over all processes (shares may differ in size), in a fixed order.
 
     `numbered`: the index of an image is the number in its file name, ILSVRC2012_val_00000001.JPEG, by which ImageNet-ReaL
     knows it; DataError for other names.
     """
+    if data.resident and data.crop_pct == 1 and not numbered:
+        own = resident(data, data.test_split, torch.device(device))
+        if own.broken:
+            raise DataError(next(iter(own.broken.values())))
+        shares = torch.arange(rank, len(own.labels), world, device=device).split(batch_size)
+        return [(own.crops(i, torch.full_like(i, own.whole)), own.labels[i], i) for i in shares if len(i)]
     split = open_split(data, data.test_split)
     images = _TestImages(split, data, test_transform(data), rank, world, numbered)
     if isinstance(split.rows, datasets.IterableDataset):

@@ -12,7 +12,10 @@ import contextlib
 import copy
 import difflib
 import functools
+import hashlib
+import mmap
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -395,6 +398,113 @@ def export(network, folder, *, model_args, size, crop_pct, interpolation, label_
         os.replace(folder, old)
     os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- what a teacher has answered
+
+
+class Memo:
+    """A frozen teacher's logits for every view of every image, float32 [images, views, classes], filled as they are asked for.
+
+    Every forward is of exactly `batch` views. Those of a batch that are known give their places to views of the same
+    images that are not yet: nothing is computed twice, and a long run comes to know all. A network's logits of an image
+    must not depend on what else is in the batch; then nothing depends on what is known already. A batch of another length
+    passes by, because other lengths can round otherwise.
+    """
+
+    def __init__(self, images, views, classes, batch, device):
+        """Raises ModelError where they would not fit into the device's memory."""
+        self.views, self.batch, self.device = views, batch, device
+        needed, free = memo_bytes(images, views, classes), _free_memory(device)
+        if needed > free:
+            raise ModelError(
+                f"teacher.memo: {images:,} images x {views} views x {classes} classes need {needed / 1e9:.2f} GB, {device} "
+                f'has {free / 1e9:.2f} GB free: set it to "disk" or null'
+            )
+        self.checks = torch.zeros(images * views, dtype=torch.int64)  # on the host: looking at it waits for no device
+        self.rows = torch.empty(images * views, classes, device=device)
+
+    def __call__(self, crops, forward):
+        """Logits [B, K] of crops, int64 [2, B] on the host: (image ids, views). forward: crops -> logits."""
+        index, view = crops
+        if len(index) != self.batch:
+            return forward(crops)
+        rows, known = self.read(index * self.views + view)
+        if known.all():
+            return rows
+        unknown = self.checks.view(-1, self.views)[index] == 0
+        view = torch.where(known, unknown.int().argmax(1), view)  # the first one; view 0 again where none is left
+        logits = forward(torch.stack([index, view])).float()
+        self.write(index * self.views + view, logits)
+        return torch.where(known.to(self.device, non_blocking=True)[:, None], rows, logits)
+
+    def read(self, places):
+        """(rows, which of them are known) at places int64 [B] on the host; the latter on the host."""
+        return self.rows[places.to(self.device, non_blocking=True)], self.checks[places] != 0
+
+    def write(self, places, logits):
+        self.rows[places.to(self.device, non_blocking=True)] = logits
+        self.checks[places] = 1
+
+
+class FileMemo(Memo):
+    """The same in a file, for later runs and for other processes at the same time.
+
+    A row is known if its check is the hash of its bits and its place. So a row that was half written when a process was
+    killed, or whose pages a power cut kept from the disk, is unknown, in whatever order the pages were written; and
+    writers need no lock: they write the same bytes, since the file's name holds all that the bytes depend on.
+    """
+
+    def __init__(self, images, views, classes, batch, device, path):
+        """Raises ModelError where the file cannot be made: its whole size is reserved, so that no later write fails."""
+        self.views, self.batch, self.device = views, batch, device
+        n, size = images * views, memo_bytes(images, views, classes)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise ModelError(f"teacher.memo: {path}, {size / 1e9:.2f} GB, cannot be made: {error.strerror}") from error
+        self.checks = torch.frombuffer(mapped, dtype=torch.int64, count=n)
+        self.rows = torch.frombuffer(mapped, dtype=torch.float32, offset=8 * n).view(n, classes)
+        # a multilinear hash modulo 2**64: one wrong word always shows, because odd numbers have inverses
+        self.factors = torch.randint(2**62, (classes + 1,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+    def read(self, places):
+        rows = self.rows[places]
+        return rows.to(self.device, non_blocking=True), self.checks[places] == self.hash(rows, places)
+
+    def write(self, places, logits):
+        rows = logits.cpu()
+        self.rows[places] = rows
+        self.checks[places] = self.hash(rows, places)
+
+    def hash(self, rows, places):
+        words = torch.cat([rows.view(torch.int32), places[:, None] + 1], dim=1)  # + 1: a row of zeros at place 0 is not known
+        return (words * self.factors).sum(1)
+
+
+def memo_bytes(images, views, classes):
+    return images * views * (4 * classes + 8)
+
+
+def _free_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def digest(network):
+    """sha256 of what a network computes: its structure, its tensors, its normalisation and size."""
+    result = hashlib.sha256(f"{network} {network.statistics} {network.size} {network.interpolation}".encode())
+    for name, tensor in network.state_dict().items():
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        result.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return result.hexdigest()
 
 
 # ---------------------------------------------------------------- what is trained

@@ -152,6 +152,7 @@ class Run:
     limit: int | None
     clock: "Clock"
     signals: "Signals"
+    memo: models.Memo | None = None  # of the teacher's logits
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent in them, over all resumptions
     timed: tuple = (0, 0.0)  # steps and seconds since the last log row
@@ -204,7 +205,7 @@ def train(run):
         started, epoch = time.perf_counter(), run.step // loader.steps_per_epoch
         for part in range(loader.accumulate):
             run.clock.mark(None)
-            images, labels, index = next(batches)
+            images, labels, index, *crops = next(batches)  # crops: of a resident set
             seed = data.seed_of(settings.seed, run.step, part, lead.process_index)
             images = to_float(images, lead.device)
             target, index = (t.to(lead.device, non_blocking=True) for t in (labels, index))
@@ -212,7 +213,7 @@ def train(run):
                 data.seed_all(seed, lead.device)
                 images, target = mix(images, target)
             run.clock.mark("data")
-            taught = None if run.teacher is None else teach(run, images)
+            taught = None if run.teacher is None else recall(run, *crops) if run.memo else teach(run, images)
             run.clock.mark("teacher")
             for trainee in run.trainees:
                 data.seed_torch(seed, lead.device)  # the same dropout, alone or in company
@@ -249,6 +250,12 @@ def teach(run, images):
             logits, features = run.teacher(images), None
     # copies: a student's backward may not keep tensors that were made in inference mode
     return logits.clone(), features and [feature.clone() for feature in features]
+
+
+def recall(run, crops):
+    """What `teach` gives for crops of a resident set, int64 [2, B]; forwards only what it has never given before."""
+    own = run.loader.resident
+    return run.memo(crops, lambda crops: teach(run, to_float(own.crops(*crops.to(own.device)), own.device))[0]), None
 
 
 def learn(trainee, images, taught, target, index, lr, soft_weight):
@@ -871,7 +878,7 @@ def teacher_taps(settings, teacher):
 def make_loaders(settings, options, accelerator):
     """(training loader, test loader) of this process; raises data.DataError for data that the recipe does not fit."""
     place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=options.workers)
-    place["pin"] = accelerator.device.type == "cuda"
+    place |= dict(pin=accelerator.device.type == "cuda", device=accelerator.device)
     sizes = dict(batch_size=settings.batch_size, batch_size_per_process=settings.batch_size_per_process)
     loader = data.TrainLoader(settings.data, seed=settings.seed, **sizes, **place)
     return loader, data.test_loader(settings.data, batch_size=settings.batch_size_per_process, **place)
@@ -909,6 +916,29 @@ def make_run(settings, folder, teacher, options):
     for name, accelerator in [("run", lead), *((t.settings.name, t.accelerator) for t in trainees)]:
         accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
     return run
+
+
+def make_memo(run, folder):
+    """The memo of run's teacher, or None; on disk in `folder`, under a digest of all that its logits depend on.
+
+    RecipeError where the logits of an image depend on its place in the batch, as with uneven shares of a CPU's threads.
+    """
+    kind, own, batch = run.settings.teacher and run.settings.teacher.memo, run.loader.resident, run.loader.per_process
+    if kind is None:
+        return None
+    sizes = (len(own.labels), own.views, run.settings.data.classes, batch, own.device)
+    sample = torch.stack([torch.arange(batch) % sizes[0], torch.arange(batch) % own.views])
+    (there, _), (back, _) = (teach(run, to_float(own.crops(*s.to(own.device)), own.device)) for s in (sample, sample.flip(1)))
+    if not torch.equal(there, back.flip(0)):
+        raise recipe.RecipeError(
+            f"teacher.memo: with batches of {batch} the teacher's logits of an image depend on its place in the batch (by "
+            f"{(there - back.flip(0)).abs().max():.1e}): set another batch_size_per_process, or memo to null"
+        )
+    if kind == "device":
+        return models.Memo(*sizes)
+    # the sample's logits stand for the precision, the hardware and the libraries, whose rounding is in every row
+    parts = [models.digest(run.teacher), own.digest(), *map(str, sizes[:-1]), str(there.tolist())]
+    return models.FileMemo(*sizes, folder / hashlib.sha256(" ".join(parts).encode()).hexdigest())
 
 
 def share_memory(module, accelerator):
@@ -962,7 +992,7 @@ def trained(path, parent, options, accelerator):
     return folder
 
 
-HARMLESS = {"about", "paper", "log_every", "evaluate_every", "save_every", "runs", "max_broken", "grad_checkpointing"}
+HARMLESS = {"memo", "about", "paper", "log_every", "evaluate_every", "save_every", "runs", "max_broken", "grad_checkpointing"}
 
 
 def differences(old, new, path=""):
@@ -1079,6 +1109,11 @@ def check(settings, path, options, accelerator):
         teacher, labels = untrained_teacher(settings, path, options), loader.labels()
     for student in settings.students:
         make_student(settings, student, teacher, labels)
+        if compares_features(student) and settings.teacher.memo:
+            raise recipe.RecipeError(
+                f"{path}: teacher.memo: it holds logits, and student {student.name!r} compares features "
+                f"({student.soft.loss}): set memo to null, or leave the student out with --students"
+            )
     wanted = settings.teacher
     if wanted and wanted.pretrained:
         models.check_pretrained(wanted.model, classes=settings.data.classes, size=wanted.size or settings.data.size)
@@ -1171,11 +1206,12 @@ def run_recipe(path, overrides, out, options):
     teacher, teacher_scores = (None, None)
     if settings.teacher:
         teacher, teacher_scores = make_teacher(settings, path, out, options, accelerator)
-    results = []
+    results, memo = [], None
     for seed, folder in folders.items():
         result = finished(folder, options.limit)
         if result is None:
             run = make_run(dataclasses.replace(settings, seed=seed, runs=1), folder, teacher, options)
+            run.memo = memo = memo or make_memo(run, out.parent / "memo")
             describe(run)
             with run.signals:
                 train(run)
@@ -1194,6 +1230,8 @@ def run_recipe(path, overrides, out, options):
 def describe(run):
     """The plan, before it costs a day."""
     settings, loader, kind = run.settings, run.loader, "streamed" if run.settings.data.streaming else "memory-mapped"
+    if loader.resident:
+        kind = f"resident on {loader.resident.device} ({_gigabytes(loader.resident.images.nbytes)})"
     steps, repeats = run.stop, settings.data.repeats
     share = f" ({settings.data.fraction:g} of each class)" if settings.data.fraction < 1 else ""
     lines = [
@@ -1211,6 +1249,9 @@ def describe(run):
         lines.append(
             f"  teacher: {settings.teacher.model or 'its recipe'}, {count_parameters(run.teacher):,} parameters, {size} pixels"
         )
+    if run.memo:
+        size = _gigabytes(models.memo_bytes(len(run.memo.checks), 1, settings.data.classes))
+        lines.append(f"    its logits for {run.memo.views} views an image: {size} on the {settings.teacher.memo}")
     for t in run.trainees:
         soft = f" + {t.settings.soft.weight:g} {t.settings.soft.loss} {t.settings.soft.args}" if t.settings.soft else ""
         lines.append(
