@@ -1,8 +1,10 @@
 """The studies: data.fraction, the recipes that use it, and what is measured on them."""
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -237,3 +239,48 @@ def test_a_study_can_start(stem):
         assert module.net.model.num_classes == 100
         losses.make_loss(student.hard.loss, losses.LABEL_LOSSES, smoothing=0.0)
     assert load(Path(settings.teacher.recipe).stem).students[0].model == "cifar_resnet56"
+
+
+# ---------------------------------------------------------------- the data-scale figure
+
+
+def tool(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module(name)
+
+
+def study_run(augmentation, fraction, seed, top1, *overrides):
+    """What train.py's write_result leaves of a run; top1 of alone, kd, dkd, dist."""
+    settings = load(f"study_fraction_{augmentation}", f"data.fraction={fraction}", f"seed={seed}", *overrides)
+    students = [{"name": s.name, "last": {"top1": value}} for s, value in zip(settings.students, top1, strict=True)]
+    tree = json.loads(recipe.dump(settings))
+    return {"seed": seed, "limit": None, "recipe": tree, "teacher": {"top1": 72.0}, "students": students}
+
+
+def test_the_figure_has_gaps_of_equal_seeds(tmp_path, monkeypatch, capsys):
+    scale = tool("scale", monkeypatch)
+    short = ("epochs=24", "schedule.milestones=[15,18,21]")
+    runs = [study_run("weak", 0.1, seed, (50, 55 + seed, 56 + 2 * seed, 54), *short) for seed in (0, 1)]
+    runs += [study_run("weak", 1.0, 0, (69, 70.5, 72, 71), *short), study_run("strong", 1.0, 0, (68, 70, 71, 72.5))]
+    runs.append(study_run("weak", 0.1, 2, (1, 2, 3, 4), *short, "data.hflip=0.0"))  # another experiment
+    alone = study_run("weak", 0.25, 0, (50, 1, 60, 60))
+    alone["students"], alone["recipe"]["students"] = alone["students"][2:], alone["recipe"]["students"][2:]  # no kd, no gap
+    runs.append(alone)
+    (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
+    scale.main([str(tmp_path), "--out", str(tmp_path / "f.svg")])
+    found = json.loads((tmp_path / "f.json").read_text())
+    rows = {(p["augmentation"], p["epochs"], p["fraction"], p["method"]): p for p in found["points"]}
+    weak = rows["weak", "24 of 240 epochs", 0.1, "dkd"]
+    assert (weak["mean"], weak["gaps"], weak["teacher"]) == (1.5, {"0": 1.0, "1": 2.0}, [72.0])
+    assert weak["spread"] == pytest.approx(0.5**0.5)
+    assert rows["weak", "24 of 240 epochs", 0.1, "dist"]["gaps"] == {"0": -1.0, "1": -2.0}
+    assert rows["strong", "240 epochs", 1.0, "dist"]["mean"] == 2.5 and len(rows) == 6
+    assert {(b["dataset"], b["method"]): b["mean"] for b in found["figure_1"]}["cifar-100", "dist"] == 2.17
+    svg = ElementTree.parse(tmp_path / "f.svg")
+    assert len(svg.findall(".//{*}circle")) == 6 and len(svg.findall(".//{*}rect")) == 1 + 8
+    said = [node.text for node in svg.findall(".//{*}text")]
+    assert "dkd, weak, 24 ep." in said and "2.17" in said and "10 %" in said
+    assert "weak 24 of 240 epochs fraction 0.1: dkd - kd = +1.50 ± 0.71, seeds 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        scale.main([str(tmp_path / "no"), "--out", str(tmp_path / "g.svg")])
+    assert "no finished run of recipes/study_fraction_weak.json" in capsys.readouterr().err
