@@ -534,7 +534,8 @@ class Distilled(nn.Module):
         """taught (teacher logits, teacher features or None), target [B] ids or [B, K] probabilities, index [B] image ids,
         soft_weight a scalar tensor: as a number, torch.compile would build a new graph for each of its values.
 
-        -> {"loss", "hard", "soft"}: float32 scalars. None is detached: compiled, "loss" and "hard" can be one tensor.
+        -> {"loss", "hard", "soft"}: float32 scalars, of which none is detached: compiled, "loss" and "hard" can be one tensor;
+        and with a `soft` on logits the student's "logits", detached, for `gradient_norms`.
         """
         logits, features = self.net(images, self.taps, self.preactivation) if self.taps else (self.net(images), None)
         with torch.autocast(images.device.type, enabled=False):  # losses in float32, whatever the networks run in
@@ -546,7 +547,20 @@ class Distilled(nn.Module):
                 soft = self.soft(features, teacher_features, target, index)
             else:
                 soft = self.soft(logits, teacher_logits, target)
-        return {"loss": self.hard_weight * hard + soft_weight * soft, "hard": hard, "soft": soft}
+        terms = {"loss": self.hard_weight * hard + soft_weight * soft, "hard": hard, "soft": soft}
+        return terms if self.taps else terms | {"logits": logits.detach().float()}
+
+    def gradient_norms(self, logits, teacher_logits, target, soft_weight):
+        """(label term, distillation term): the norms over [B, K] of their gradients in the logits, weights included.
+
+        Beside training: of detached logits, so nothing that the step computes or draws depends on it. Not for losses on
+        features, which have no gradient in the logits.
+        """
+        with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
+            logits = logits.detach().requires_grad_()
+            hard = self.hard_weight * self.hard(logits, target)
+            soft = soft_weight * self.soft(logits, teacher_logits, target)
+            return tuple(torch.autograd.grad(term, logits)[0].norm() for term in (hard, soft))
 
 
 # ---------------------------------------------------------------- what makes a frozen teacher cheap

@@ -57,7 +57,11 @@ MAX_FAILED_SAVES = 3  # in a row; then the run stops with EXIT_UNSAVED
 MAX_SKIPPED_STEPS = 10  # in a row, or more than 1 % of a run's steps
 MIN_GRADIENT_SCALE = 1e-3  # float16's scale starts at 65536 and halves with every overflow
 EXIT_UNSAVED = 74  # EX_IOERR of sysexits.h
-BOARD = {"train": ("loss", "hard", "soft", "lr", "seconds"), "test": ("top1", "top5", "top1_ema", "top5_ema")}  # TensorBoard
+GRADIENTS = ("gradient_hard", "gradient_soft", "gradient_ratio")
+CURVE_POINTS = 300  # of a curve in result.json
+LOSS_CURVES, ACCURACY_CURVES = ("loss", "hard", "soft", *GRADIENTS), ("top1", "top1_ema")
+BOARD = {"train": ("loss", "hard", "soft", "lr", "seconds", *GRADIENTS)}  # TensorBoard
+BOARD["test"] = ("top1", "top5", "top1_ema", "top5_ema")
 RUN_BOARD = ("epoch", "speed/images_per_second", "seconds/data", "seconds/teacher")
 ELEMENTWISE = {"sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "lion", "rmsprop"}  # blind to where a tensor ends
 FUSED = {"sgd", "momentum", "adam", "adamw"}  # timm's names for PyTorch's fused optimizers
@@ -121,6 +125,7 @@ class Trainee:
     # Loss terms stay on the device until a log row, because reading is a synchronisation: vectors of TERMS and a 1.
     parts: list = dataclasses.field(default_factory=list)  # of this step's batches
     last_part: torch.Tensor | None = None
+    latest: tuple | None = None  # logits, the teacher's, target, soft_weight of the newest batch, for `log_gradients`
     sums: torch.Tensor | float = 0.0  # since the last log row, without those of skipped steps
     skipped: int = 0  # steps left out by the last log row, because a gradient was not finite
     barren: int = 0  # steps up to the last log row, all of them skipped
@@ -265,6 +270,7 @@ def learn(trainee, images, taught, target, index, lr, soft_weight):
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         terms = trainee.module(images, taught, target, index, torch.full((), soft_weight, device=images.device))
+        trainee.latest = terms.pop("logits", None), taught and taught[0], target, soft_weight
         recomputed = trainee.settings.grad_checkpointing
         with models.frozen_statistics(trainee.module) if recomputed else contextlib.nullcontext():
             accelerator.backward(terms["loss"])  # with DeepSpeed also clips and steps
@@ -398,6 +404,8 @@ def log_losses(run):
         row[f"lr/{name}"] = trainee.optimizer.param_groups[0]["lr"]
         if trainee.skipped:  # a float16 scaler's overflows are a matter of course
             row[f"{'overflows' if trainee.accelerator.scaler else 'skipped'}/{name}"] = trainee.skipped
+        if run.step % run.settings.log_every == 0:  # not for the rest at the end, which a resumed run may log without a step
+            row |= log_gradients(trainee)
         trainee.sums = 0.0
         if not math.isfinite(row.get(f"loss/{name}", 0.0)):
             raise TrainingError(f"student {name!r}: the loss is {row[f'loss/{name}']} by step {run.step}")
@@ -413,6 +421,21 @@ def log_losses(run):
     run.timed, run.clock.window = (0, 0.0), {}
     write_row(run, row)
     return np.mean([row.get(f"loss/{t.settings.name}", math.nan) for t in run.trainees])
+
+
+def log_gradients(trainee):
+    """What the label and the distillation term pull with: norms of the newest batch's gradients in the logits, their ratio.
+
+    {} for a student without a distillation term, or with one on features, which does not reach the logits. The mean over
+    processes, each of its own batch.
+    """
+    if trainee.distilled.soft is None or trainee.distilled.taps:
+        return {}
+    norms = [trainee.accelerator.reduce(norm, "mean").item() for norm in trainee.distilled.gradient_norms(*trainee.latest)]
+    found = {"gradient_hard": norms[0], "gradient_soft": norms[1]}
+    if norms[1]:
+        found["gradient_ratio"] = norms[0] / norms[1]
+    return {f"{what}/{trainee.settings.name}": value for what, value in found.items() if math.isfinite(value)}
 
 
 def log_accuracy(run):
@@ -1026,9 +1049,12 @@ def write_result(run, teacher_scores):
                 folder = run.folder / "students" / exported
                 models.export(net, folder, model_args=trainee.settings.model_args, label_names=names, **preprocessing)
         students.append({"name": name, "parameters": count_parameters(trainee.net), "last": trainee.last, "best": trainee.best})
+    rows = metrics_rows(run)
     result = {
         "seed": run.settings.seed,
         "students": students,
+        "curves": {t.settings.name: curve(rows, t.settings.name, "step", LOSS_CURVES) for t in run.trainees},
+        "accuracy": {t.settings.name: curve(rows, t.settings.name, "epoch", ACCURACY_CURVES) for t in run.trainees},
         "teacher": teacher_scores,
         "steps": run.step,
         "epochs": run.step / run.loader.steps_per_epoch,
@@ -1041,8 +1067,29 @@ def write_result(run, teacher_scores):
         **environment(lead),
         "recipe": dataclasses.asdict(run.settings),
     }
-    recipe.write_atomic(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
+    text = json.dumps(result, indent=2)
+    text = re.sub(r"\[\n[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # a curve is a line
+    recipe.write_atomic(run.folder / "result.json", text + "\n")
     return result
+
+
+def metrics_rows(run):
+    """All rows of the log, those that the disk has not taken, too."""
+    path = run.folder / "metrics.jsonl"
+    written = path.read_text().splitlines() if path.exists() else []
+    return [*map(json.loads, written), *run.unwritten]
+
+
+def curve(rows, name, x, metrics):
+    """{x: [...], metric: [...]} of a student over the rows with its first metric: at most CURVE_POINTS, evenly, with the last.
+
+    A metric that a row lacks (a gradient's norm in the last one) is null there; one that no row has is left out.
+    """
+    rows = [row for row in rows if f"{metrics[0]}/{name}" in row]
+    rows = [rows[round(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), CURVE_POINTS))]
+    found = {metric: [row.get(f"{metric}/{name}") for row in rows] for metric in metrics}
+    found = {metric: [v and float(f"{v:.6g}") for v in values] for metric, values in found.items() if set(values) - {None}}
+    return {x: [row[x] for row in rows], **found}
 
 
 def environment(accelerator):

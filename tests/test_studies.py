@@ -1,18 +1,21 @@
 """The studies: data.fraction, the recipes that use it, and what is measured on them."""
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, STUDENT, distilled, make_recipe, needs_cifar, write
 from test_data import equal, loader, read
-from test_train import assert_same_run, run
+from test_train import assert_same_run, final_state, run
 
 import data
 import losses
+import models
 import recipe
 import train
 
@@ -105,6 +108,84 @@ def test_a_tenth_of_cifar100():
     assert own.size == 5000 and own.steps_per_epoch == 79 and own.labels().bincount().tolist() == [50] * 100
 
 
+# ---------------------------------------------------------------- gradients of the terms, and curves
+
+
+def test_gradient_norms_are_those_of_the_terms(tmp_path, teacher_file):
+    """Against autograd by hand, through the row of a real run: weights and ramp included, nothing for other students."""
+    changes = distilled(teacher_file, epochs=1, log_every=4)
+    features = dict(STUDENT, name="cc", soft={"loss": "cc", "weight": 0.02, "warmup_epochs": 0, "args": {"dim": 8}})
+    bare = dict(STUDENT, name="bare", hard=STUDENT["hard"] | {"weight": 0.0})
+    changes["students"] += [features, bare]
+    seen = []
+    original = models.Distilled.gradient_norms
+
+    def spied(module, logits, teacher_logits, target, soft_weight):
+        seen.append((logits, teacher_logits, target, soft_weight))
+        return original(module, logits, teacher_logits, target, soft_weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.Distilled, "gradient_norms", spied)
+        run(write(tmp_path / "r.json", **changes), tmp_path / "out")
+    logged = [row for row in metrics(tmp_path / "out") if any(key.startswith("gradient") for key in row)]
+    assert [row["step"] for row in logged] == [4, 8, 12]  # not the 15th, the rest of an interval
+    assert len(seen) == 9  # kd, dkd, bare: not at other steps, not for the students without a term on logits
+    for row in logged:
+        names = {key.split("/")[1] for key in row if key.startswith("gradient")}
+        assert names == {"kd", "dkd", "bare"} and row["gradient_hard/bare"] == row["gradient_ratio/bare"] == 0
+    for (logits, theirs, target, weight), row in zip(seen[::3], logged, strict=True):
+        p, q = (logits / 4).softmax(1), (theirs / 4).softmax(1)
+        soft = weight * 4 * (p - q) / len(p)  # of kd: T^2 KL, whose gradient is T (p - q)
+        hard = (logits.softmax(1) - torch.nn.functional.one_hot(target, 10)) / len(p)
+        assert row["gradient_hard/kd"] == pytest.approx(hard.norm().item(), rel=1e-5)
+        assert row["gradient_soft/kd"] == pytest.approx(soft.norm().item(), rel=1e-5)
+        assert row["gradient_ratio/kd"] == pytest.approx((hard.norm() / soft.norm()).item(), rel=1e-5)
+    assert [float(weight) for *_, weight in seen[1::3]] == [0.25] * 3  # dkd's ramp
+
+
+def test_looking_at_gradients_changes_nothing(tmp_path, teacher_file, monkeypatch):
+    mixed = dict(data__mixup=0.2, data__drop_last=True, batch_size_per_process=32)  # and accumulated
+    path = write(tmp_path / "r.json", **distilled(teacher_file, epochs=1, log_every=1, **mixed))
+    run(path, tmp_path / "with")
+    monkeypatch.setattr(train, "log_gradients", lambda trainee: {})
+    run(path, tmp_path / "without")
+    (tensors, state), (others, other_state) = final_state(tmp_path / "with"), final_state(tmp_path / "without")
+    assert all(torch.equal(tensors[key], others[key]) for key in tensors) and state == other_state
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_result_has_its_curves(tmp_path, teacher_file):
+    path, out = write(tmp_path / "r.json", **distilled(teacher_file, epochs=2, log_every=4)), tmp_path / "out"
+    run(path, out, "--limit", 15)
+    result = run(path, out, "--resume")  # of the whole run
+    rows = [row for row in metrics(out) if "loss/kd" in row]
+    terms = ("loss", "hard", "soft", "gradient_hard", "gradient_soft", "gradient_ratio")
+    assert result["curves"]["kd"]["step"] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert list(result["curves"]["kd"]) == ["step", *terms] and list(result["curves"]["alone"]) == ["step", "loss", "hard"]
+    for term in terms:
+        logged = [row.get(f"{term}/kd") for row in rows]
+        assert result["curves"]["kd"][term] == [value and pytest.approx(value, rel=1e-5) for value in logged]
+        assert (logged[-1] is None) == term.startswith("gradient")
+    scores = [row["top1/dkd"] for row in metrics(out) if "top1/dkd" in row]
+    assert result["accuracy"]["dkd"] == {"epoch": [1.0, 2.0], "top1": [pytest.approx(score, rel=1e-5) for score in scores]}
+    assert result["accuracy"]["dkd"]["top1"][-1] == pytest.approx(result["students"][2]["last"]["top1"], rel=1e-5)
+    assert {"recipe", "seed", "commit", "versions", "hardware"} <= set(result) and "best" in result["students"][0]
+    assert '"step": [ 4, 8,' in (out / "result.json").read_text()  # a curve is a line
+
+
+def test_a_long_curve_is_thinned_evenly():
+    rows = [{"step": i, "epoch": i / 10, "loss/kd": 1 / (i + 3)} | ({} if i % 2 else {"top1/kd": i}) for i in range(2001)]
+    curve = train.curve(rows, "kd", "step", ("loss", "soft"))
+    assert list(curve) == ["step", "loss"] and len(curve["step"]) == 300
+    assert (curve["step"][0], curve["step"][-1]) == (0, 2000) and set(np.diff(curve["step"])) == {6, 7}
+    assert train.curve(rows, "kd", "epoch", ("top1",))["top1"][-1] == 2000 and train.curve([], "kd", "step", ("loss",)) == {
+        "step": []
+    }
+
+
 # ---------------------------------------------------------------- recipes
 
 CIFAR = ROOT.parent / "shared" / "data" / "cifar100"
@@ -158,3 +239,48 @@ def test_a_study_can_start(stem):
         assert module.net.model.num_classes == 100
         losses.make_loss(student.hard.loss, losses.LABEL_LOSSES, smoothing=0.0)
     assert load(Path(settings.teacher.recipe).stem).students[0].model == "cifar_resnet56"
+
+
+# ---------------------------------------------------------------- the data-scale figure
+
+
+def tool(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module(name)
+
+
+def study_run(augmentation, fraction, seed, top1, *overrides):
+    """What train.py's write_result leaves of a run; top1 of alone, kd, dkd, dist."""
+    settings = load(f"study_fraction_{augmentation}", f"data.fraction={fraction}", f"seed={seed}", *overrides)
+    students = [{"name": s.name, "last": {"top1": value}} for s, value in zip(settings.students, top1, strict=True)]
+    tree = json.loads(recipe.dump(settings))
+    return {"seed": seed, "limit": None, "recipe": tree, "teacher": {"top1": 72.0}, "students": students}
+
+
+def test_the_figure_has_gaps_of_equal_seeds(tmp_path, monkeypatch, capsys):
+    scale = tool("scale", monkeypatch)
+    short = ("epochs=24", "schedule.milestones=[15,18,21]")
+    runs = [study_run("weak", 0.1, seed, (50, 55 + seed, 56 + 2 * seed, 54), *short) for seed in (0, 1)]
+    runs += [study_run("weak", 1.0, 0, (69, 70.5, 72, 71), *short), study_run("strong", 1.0, 0, (68, 70, 71, 72.5))]
+    runs.append(study_run("weak", 0.1, 2, (1, 2, 3, 4), *short, "data.hflip=0.0"))  # another experiment
+    alone = study_run("weak", 0.25, 0, (50, 1, 60, 60))
+    alone["students"], alone["recipe"]["students"] = alone["students"][2:], alone["recipe"]["students"][2:]  # no kd, no gap
+    runs.append(alone)
+    (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
+    scale.main([str(tmp_path), "--out", str(tmp_path / "f.svg")])
+    found = json.loads((tmp_path / "f.json").read_text())
+    rows = {(p["augmentation"], p["epochs"], p["fraction"], p["method"]): p for p in found["points"]}
+    weak = rows["weak", "24 of 240 epochs", 0.1, "dkd"]
+    assert (weak["mean"], weak["gaps"], weak["teacher"]) == (1.5, {"0": 1.0, "1": 2.0}, [72.0])
+    assert weak["spread"] == pytest.approx(0.5**0.5)
+    assert rows["weak", "24 of 240 epochs", 0.1, "dist"]["gaps"] == {"0": -1.0, "1": -2.0}
+    assert rows["strong", "240 epochs", 1.0, "dist"]["mean"] == 2.5 and len(rows) == 6
+    assert {(b["dataset"], b["method"]): b["mean"] for b in found["figure_1"]}["cifar-100", "dist"] == 2.17
+    svg = ElementTree.parse(tmp_path / "f.svg")
+    assert len(svg.findall(".//{*}circle")) == 6 and len(svg.findall(".//{*}rect")) == 1 + 8
+    said = [node.text for node in svg.findall(".//{*}text")]
+    assert "dkd, weak, 24 ep." in said and "2.17" in said and "10 %" in said
+    assert "weak 24 of 240 epochs fraction 0.1: dkd - kd = +1.50 ± 0.71, seeds 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        scale.main([str(tmp_path / "no"), "--out", str(tmp_path / "g.svg")])
+    assert "no finished run of recipes/study_fraction_weak.json" in capsys.readouterr().err

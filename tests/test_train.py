@@ -403,6 +403,9 @@ def test_metrics_and_tensorboard_say_the_same(tmp_path, teacher_file):
         "train/soft",
         "train/lr",
         "train/seconds",
+        "train/gradient_hard",
+        "train/gradient_soft",
+        "train/gradient_ratio",
         "test/top1",
         "test/top5",
     }
