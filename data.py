@@ -13,12 +13,14 @@ taken by another crop of a good image of that batch, so that batches keep their 
 nothing: a score over fewer images would be another score.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import io
 import itertools
+import math
 import random
 import re
 import tarfile
@@ -26,14 +28,17 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import datasets
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
+import simplejpeg
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import ImageNetInfo, Mixup, create_transform
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, RandAugment, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import ToNumpy
@@ -368,9 +373,14 @@ def test_transform(data):
 
 
 def _decoded(row, index, data, ids):
-    """(image, class id) of one undecoded row. BrokenImage only for bytes that are no image: a file that is not there, or a
-    network that is down, is no reason to train on less.
-    """
+    """(image, class id) of one undecoded row."""
+    named, image, label = _undecoded(row, index, data, ids)
+    with _broken(named, image):
+        return decode(image), label
+
+
+def _undecoded(row, index, data, ids):
+    """(what errors call it, {"bytes", "path"} with the bytes read, class id) of one row."""
     image, label = _image(row, data), row[data.label]
     named = f"image {index} ({_printable(image['path'] or 'no file name')})"
     known = range(data.classes if ids is None else len(ids))
@@ -380,12 +390,20 @@ def _decoded(row, index, data, ids):
         raw = _read_bytes(image)
     except Exception as error:  # whatever the file system in between raises
         raise DataError(f"{named} cannot be read: {error!r}") from error
+    return named, {"bytes": raw, "path": image["path"]}, label if ids is None else ids[label]
+
+
+@contextlib.contextmanager
+def _broken(named, image):
+    """BrokenImage only for bytes that are no image: a file that is not there, or a network that is down, is no reason to
+    train on less.
+    """
     try:
-        return decode({"bytes": raw, "path": image["path"]}), label if ids is None else ids[label]
+        yield
     except MemoryError as error:
         raise DataError(f"{named} needs more memory than there is") from error
     except Image.UnidentifiedImageError as error:  # its own text has an address in memory
-        raise BrokenImage(f"{named}: cannot be decoded: no image, {len(raw)} bytes") from error
+        raise BrokenImage(f"{named}: cannot be decoded: no image, {len(image['bytes'])} bytes") from error
     except Exception as error:  # PIL raises anything from SyntaxError to struct.error on a broken file
         raise BrokenImage(f"{named}: cannot be decoded: {error!r}") from error
 
@@ -404,6 +422,351 @@ def _transformed(image, index, transform):
         return torch.as_tensor(transform(image))
     except DataError as error:
         raise DataError(f"image {index}: {error}") from None
+
+
+class _TimmViews:
+    """The crops of one image, from the transforms as timm builds them, to the byte."""
+
+    def __init__(self, data, per_process):
+        self.transform, self.policy = train_transform(data), None
+        if data.rand_augment_on == "device":
+            self.transform.transforms, self.policy = _without_rand_augment(self.transform)
+
+    def __call__(self, raw, index, seeds, broken):
+        """(view, ) for each seed; with RandAugment on the device (view, what it shall do there)."""
+        with broken():
+            image = decode(raw)
+        for seed in seeds:
+            seed_all(seed)
+            view = _transformed(image, index, self.transform)
+            yield (view, _as_numbers(_drawn(self.policy))) if self.policy else (view,)
+
+    def channels_first(self, images):
+        return images
+
+
+# ---------------------------------------------------------------- one image, fast
+
+JPEG_SEGMENTS = {0xDB, 0xC4, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restart interval, comment, applications: of any frame
+ROOM = (
+    12_000_000  # bytes of memory that is kept for a decoded image: what comes fresh from the kernel costs a third of decoding
+)
+
+
+class _Jpeg:
+    """An undecoded JPEG in colour, in one sequential scan, whole: PIL would decode it, too, to the same pixels."""
+
+    def __init__(self, raw, height_at, size, mcu):
+        self.raw, self.height_at, self.size, self.mcu = raw, height_at, size, mcu
+
+    @classmethod
+    def of(cls, raw):
+        """None for anything else. A marker inside of the scan is not whole: PIL may refuse what comes after it."""
+        at, frame = 2, None
+        while raw[:2] == b"\xff\xd8" and raw[at : at + 1] == b"\xff" and at + 4 < len(raw):
+            kind, end = raw[at + 1], at + 2 + int.from_bytes(raw[at + 2 : at + 4], "big")
+            if kind in (0xC0, 0xC1) and frame is None and raw[at + 4] == 8 and raw[at + 9] == 3:
+                height, width = (int.from_bytes(raw[at + i : at + i + 2], "big") for i in (5, 7))
+                frame = at + 5, (width, height), 8 * max(raw[at + i] & 15 for i in (11, 14, 17))
+            elif kind == 0xDA:
+                whole = frame and raw[at + 4] == 3 and 0 < width * height <= MAX_PIXELS and _ends_whole(raw, end)
+                return cls(raw, *frame) if whole else None
+            elif kind not in JPEG_SEGMENTS:
+                return None
+            at = end
+        return None
+
+    def pixels(self, bottom, room):
+        """uint8 [at least `bottom`, width, 3], in `room` if it is large enough: the rows below it stay undecoded.
+
+        libjpeg stops at the height that the header names. Two MCUs more than asked for, since the chroma of a row is
+        interpolated with that of the next.
+        """
+        width, height = self.size
+        rows = min(height, (bottom // self.mcu + 2) * self.mcu)
+        raw = bytearray(self.raw)
+        raw[self.height_at : self.height_at + 2] = rows.to_bytes(2, "big")
+        room = room if 3 * rows * width <= len(room) else None
+        return simplejpeg.decode_jpeg(raw, buffer=room, strict=False)  # PIL, too, passes over libjpeg's warnings
+
+
+def _ends_whole(raw, start):
+    """Whether the first marker in a scan's data that is no restart is the end of the image."""
+    scan = np.frombuffer(raw, np.uint8, offset=start)
+    after = scan[np.flatnonzero(scan[:-1] == 0xFF) + 1]
+    other = after[(after != 0) & (after & 0xF8 != 0xD0)]
+    return len(other) > 0 and other[0] == 0xD9
+
+
+class _FastViews:
+    """The crops of one image: timm's draws in timm's order, other arithmetic.
+
+    A JPEG is decoded by simplejpeg, whose pixels are PIL's, down to the lowest row that a crop needs; other files by PIL.
+    A crop is resized by PyTorch, within 1 level of PIL, and RandAugment done by `_Painter`. Memory is used again from
+    image to image, so a view lives until `per_process` others were made.
+    """
+
+    def __init__(self, data, per_process):
+        (self.crop, *rest), self.policy = _without_rand_augment(train_transform(data))
+        self.flip, self.size = next((t.p for t in rest if isinstance(t, transforms.RandomHorizontalFlip)), 0), data.size
+        self.painter = None if data.rand_augment_on == "device" or not self.policy else _Painter(data.size)
+        self.room, self.cropped = np.empty(ROOM, np.uint8), np.empty(ROOM, np.uint8)
+        self.places = itertools.cycle(np.empty((per_process, data.size, data.size, 3), np.uint8))
+
+    def __call__(self, raw, index, seeds, broken):
+        """(view, ) for each seed; with RandAugment on the device (view, what it shall do there)."""
+        with broken():
+            image = _Jpeg.of(raw["bytes"]) or decode(raw)
+        plans = [self._draw(seed, *image.size) for seed in seeds]
+        with broken():
+            image = self._pixels(image, raw, max(top + height for (top, _, height, _), *_ in plans))
+        for box, mode, flipped, ops in plans:
+            view = next(self.places)
+            cv2.flip(self._resized(image, *box, mode), 1, dst=view) if flipped else np.copyto(
+                view, self._resized(image, *box, mode)
+            )
+            if self.painter:
+                self.painter(view, ops)
+            yield (torch.from_numpy(view), *([_as_numbers(ops)] if self.policy and not self.painter else []))
+
+    def _draw(self, seed, width, height):
+        seed_all(seed)
+        box = self.crop.get_params(torch.empty((3, height, width), device="meta"), self.crop.scale, self.crop.ratio)
+        mode = self.crop.interpolation
+        mode = random.choice(mode) if isinstance(mode, (tuple, list)) else mode
+        flipped = self.flip > 0 and bool(torch.rand(1) < self.flip)
+        return box, _pil_name(mode), flipped, _drawn(self.policy) if self.policy else []
+
+    def _pixels(self, image, raw, bottom):
+        if isinstance(image, _Jpeg):
+            try:
+                return image.pixels(bottom, self.room)
+            except (ValueError, RuntimeError):  # whatever it is, PIL decides
+                image = decode(raw)
+        return np.asarray(image)
+
+    def _resized(self, pixels, top, left, height, width, mode):
+        size = 3 * height * width
+        crop = (self.cropped[:size] if size <= ROOM else np.empty(size, np.uint8)).reshape(height, width, 3)
+        np.copyto(crop, pixels[top : top + height, left : left + width])
+        crop = torch.from_numpy(crop).permute(2, 0, 1)[None]
+        return F.interpolate(crop, (self.size, self.size), mode=mode, antialias=True)[0].permute(1, 2, 0).numpy()
+
+    def channels_first(self, images):
+        """uint8 [B, size, size, 3] -> [B, 3, size, size], channels last in memory, as they were painted."""
+        return images.permute(0, 3, 1, 2)
+
+
+def _pil_name(mode):
+    """ "bilinear" or "bicubic" of PIL's and of torchvision's enumerations."""
+    return getattr(mode, "name", str(mode)).lower()
+
+
+# ---------------------------------------------------------------- RandAugment: what is drawn, and its arithmetic
+
+# The numbers of the operations, for the device. Those of timm's sets but for blurs, which stay PIL's.
+WARPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
+TABLES = ("Invert", "Posterize", "PosterizeIncreasing", "PosterizeOriginal", "Solarize", "SolarizeIncreasing", "SolarizeAdd")
+TABLES += ("Brightness", "BrightnessIncreasing")
+COLOURS = ("Color", "ColorIncreasing", "Desaturate")
+OPS = (
+    *WARPS,
+    *TABLES,
+    *COLOURS,
+    "Contrast",
+    "ContrastIncreasing",
+    "Sharpness",
+    "SharpnessIncreasing",
+    "AutoContrast",
+    "Equalize",
+)
+FILL = (124, 116, 104)  # ImageNet's mean colour, as timm's create_transform has it
+GREY = np.array([[19595, 38470, 7471]], np.float32) / 65536  # of red, green and blue in PIL's grey
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
+RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+DOWN = -0.5 + 1 / 4096  # PIL cuts where OpenCV rounds; a little more than half, since whole numbers may be a little less
+
+
+def _without_rand_augment(transform):
+    """(the other steps, timm's RandAugment or None), whose operations note what they were to do, see `_drawn`."""
+    steps = [step for step in transform.transforms if not isinstance(step, RandAugment)]
+    policy = next((step for step in transform.transforms if isinstance(step, RandAugment)), None)
+    for op in policy.ops if policy else []:
+        op.aug_fn = functools.partial(_note, op.name)
+    return steps, policy
+
+
+def _note(name, notes, value=0.0, *, resample, fillcolor):
+    cubic = False
+    if name in WARPS:  # here timm draws the kernel of a warp
+        cubic = _pil_name(random.choice(resample) if isinstance(resample, (tuple, list)) else resample) == "bicubic"
+    return [*notes, (name, value, cubic)]
+
+
+def _drawn(policy):
+    """[(operation, value, whether bicubic)] of one image, drawn by timm's own code. Fewer than layers: some do nothing."""
+    return policy([])
+
+
+def _timms_op(name, image, value):
+    """PIL image, changed as timm would."""
+    return NAME_TO_OP[name](image, *([] if LEVEL_TO_ARG[name] is None else [value]))
+
+
+def _table(name, value):
+    """uint8 [256]: what timm's operation on single values makes of each."""
+    return np.asarray(_timms_op(name, RAMP, value))[0]
+
+
+def _contrast_table(mean, factor):
+    """As PIL's ImageEnhance.Contrast, of an image whose mean grey is `mean`, float in 0..255."""
+    return np.asarray(Image.blend(Image.new("L", RAMP.size, int(mean + 0.5)), RAMP, factor))[0]
+
+
+def _autocontrast_table(low, high):
+    """As PIL's ImageOps.autocontrast, of a channel with values low..high."""
+    if high <= low:
+        return np.arange(256, dtype=np.uint8)
+    scale = 255.0 / (high - low)
+    return np.clip(np.trunc(np.arange(256) * scale - low * scale), 0, 255).astype(np.uint8)
+
+
+def _equalize_table(counts):
+    """As PIL's ImageOps.equalize, of a channel with int counts [256]."""
+    used = counts[counts > 0]
+    step = (used.sum() - used[-1]) // 255
+    if len(used) <= 1 or not step:
+        return np.arange(256, dtype=np.uint8)
+    return np.minimum((step // 2 + np.cumsum(counts) - counts) // step, 255).astype(np.uint8)
+
+
+def _shift(name, value, size):
+    """Pixels by which each row (of X) or column (of Y) reads to the right or below, float64 [size]."""
+    if name.startswith("Shear"):
+        return value * (np.arange(size) + 0.5)
+    return np.full(size, value * size if name.endswith("Rel") else value, np.float64)
+
+
+def _weights(distance, cubic):
+    """PIL's kernels: those of pixels n - 1 .. n + 2 at n + distance, 0 <= distance < 1; cubic with a = -1, else linear."""
+    d = distance
+    if cubic:
+        return -d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2
+    return 0 * d, 1 - d, d, 0 * d
+
+
+class _Painter:
+    """RandAugment on uint8 arrays [size, size, 3], in place.
+
+    Against timm's own operations on PIL images of the same array: tables (also of contrast, autocontrast, equalize), colour
+    and sharpness to the bit; shears, translations and bilinear rotation within 1 level. Bicubic rotation and blurs are
+    PIL's. Buffers are kept, because an array of this size comes fresh from the kernel each time, which costs more than most operations.
+    """
+
+    def __init__(self, size):
+        self.size, shape = size, (size, size, 3)
+        self.other, self.fill, self.grey = (
+            np.empty(shape, np.uint8),
+            np.empty(shape, np.uint8),
+            np.empty((size, size), np.uint8),
+        )
+        self.fill[:] = FILL
+        self.wide = np.zeros((size, 3 * size, 3), np.uint8)  # the image in the middle: rows are cut out of it, shifted
+        row, rest = self.wide.strides[0], (size + 3) * 3
+        self.cuts = np.lib.stride_tricks.as_strided(self.wide, (size, 2 * size - 2, rest), (row, 3, 1))
+        self.taps, self.sums = torch.empty(size, rest), torch.empty(size, size * 3)
+        self.floats, self.turned = np.empty(shape, np.float32), np.empty(shape, np.float32)
+
+    def __call__(self, image, ops):
+        for name, value, cubic in ops:
+            if name in TABLES:
+                cv2.LUT(image, _table(name, value), dst=image)
+            elif name.startswith("Contrast"):
+                mean = cv2.mean(cv2.transform(image, GREY, dst=self.grey))[0]
+                cv2.LUT(image, _contrast_table(mean, value), dst=image)
+            elif name == "AutoContrast":
+                bounds = [cv2.minMaxLoc(channel)[:2] for channel in cv2.split(image)]
+                self._look_up(image, [_autocontrast_table(*both) for both in bounds])
+            elif name == "Equalize":
+                counts = [cv2.calcHist([image], [c], None, [256], [0, 256]).ravel().astype(np.int64) for c in range(3)]
+                self._look_up(image, [_equalize_table(own) for own in counts])
+            elif name in COLOURS:
+                cv2.cvtColor(cv2.transform(image, GREY, dst=self.grey), cv2.COLOR_GRAY2RGB, dst=self.other)
+                factor = 1 - value if name == "Desaturate" else value
+                self._blend(image, min(max(factor, 0.0), 1.0) if name == "Desaturate" else factor)
+            elif name.startswith("Sharpness"):
+                cv2.filter2D(image, -1, SMOOTH, dst=self.other)
+                for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
+                    self.other[edge] = image[edge]
+                self._blend(image, value)
+            elif name in WARPS[1:]:
+                self._slide(image, _shift(name, value, self.size), cubic, upright="Y" in name)
+            elif name == "Rotate" and not cubic:
+                self._rotate(image, value)
+            else:
+                resample = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
+                warp = dict(resample=resample, fillcolor=FILL)
+                args = [] if LEVEL_TO_ARG[name] is None else [value]
+                np.copyto(image, np.asarray(NAME_TO_OP[name](Image.fromarray(image), *args, **warp)))
+
+    def _look_up(self, image, tables):
+        cv2.LUT(image, np.stack(tables, axis=1)[None], dst=image)
+
+    def _blend(self, image, factor):
+        """image * factor + other * (1 - factor)."""
+        cv2.addWeighted(image, factor, self.other, 1 - factor, DOWN, dst=image)
+
+    def _slide(self, image, shift, cubic, upright):
+        """Each row (upright: column) resampled `shift` pixels further on, the kernel's four taps at a time."""
+        n, source = self.size, cv2.transpose(image, dst=self.other) if upright else image
+        self.wide[:, n : 2 * n] = source
+        self.wide[:, n - 3 : n], self.wide[:, 2 * n : 2 * n + 3] = source[:, :1], source[:, -1:]
+        whole = np.floor(shift)
+        weights = [torch.from_numpy(w.astype(np.float32))[:, None] for w in _weights(shift - whole, cubic)]
+        first = np.clip(whole.astype(np.int64), 2 - n, n - 4) + n - 1
+        self.taps.copy_(torch.from_numpy(self.cuts[np.arange(n), first]))
+        chosen = range(4) if cubic else (1, 2)
+        self.sums.zero_()
+        for i in chosen:
+            self.sums.addcmul_(self.taps[:, 3 * i : 3 * (i + n)], weights[i])
+        result = self.other if upright else image
+        cv2.add(self.sums.numpy(), DOWN, dst=result.reshape(n, -1), dtype=cv2.CV_8U)
+        at = np.arange(n)
+        outside = (at < np.ceil(-shift - 0.5)[:, None]) | (at >= np.ceil(n - 0.5 - shift)[:, None])
+        cv2.copyTo(self.fill, outside.view(np.uint8), result)
+        if upright:
+            cv2.transpose(result, dst=image)
+
+    def _rotate(self, image, degrees):
+        """Bilinear. What lies outside is decided with PIL's own order of additions."""
+        n, (a, b, c, d, e, f) = self.size, _rotation(degrees, self.size)
+        np.copyto(self.floats, image)
+        to_source = np.array([[a, b, (a + b) / 2 + c - 0.5], [d, e, (d + e) / 2 + f - 0.5]])
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        cv2.warpAffine(self.floats, to_source, (n, n), dst=self.turned, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+        cv2.add(self.turned.reshape(n, -1), DOWN, dst=image.reshape(n, -1), dtype=cv2.CV_8U)
+        x, y = (
+            _sums(_sums(start, down, n), across, n)
+            for start, across, down in ((c + a / 2 + b / 2, a, b), (f + d / 2 + e / 2, d, e))
+        )
+        cv2.copyTo(self.fill, ((x < 0) | (x >= n) | (y < 0) | (y >= n)).view(np.uint8), image)
+
+
+def _sums(start, step, n):
+    """start, start + step, ..., one after the other, [..., n]."""
+    start = np.asarray(start)[..., None]
+    return np.cumsum(np.concatenate([start, np.broadcast_to(step, (*start.shape[:-1], n - 1))], axis=-1), axis=-1)
+
+
+def _rotation(degrees, size):
+    """The six numbers of the affine map from an output pixel to its source, as PIL's Image.rotate computes them."""
+    angle, middle = -math.radians(degrees % 360.0), size / 2
+    a, b, d, e = (round(v, 15) for v in (math.cos(angle), math.sin(angle), -math.sin(angle), math.cos(angle)))
+    return a, b, a * -middle + b * -middle + middle, d, e, d * -middle + e * -middle + middle
+
+
+def _as_numbers(ops):
+    raise NotImplementedError
 
 
 # ---------------------------------------------------------------- training
@@ -555,39 +918,48 @@ class _Order(Sampler):
 
 
 class _Crops:
-    """Batches of crops, from `load(what) -> (image, class id, id)` and `name(what)`, the id under which it may be broken."""
+    """Batches of crops, from `row(what) -> (undecoded row, id)` and `name(what)`, the id under which it may be broken."""
 
     def __init__(self, loader):
         self.data, self.seed, self.ids = loader.data, loader.seed, loader.split.ids
-        self.transform = train_transform(loader.data)
+        self.per_process = loader.per_process
+
+    @functools.cached_property  # made in the process that uses it: its memory is its own
+    def views(self):
+        return (_FastViews if self.data.pipeline == "fast" else _TimmViews)(self.data, self.per_process)
 
     def batch(self, keys):
-        """(images, labels, index, {id: reason} of broken images) for keys (epoch, repeat, what).
+        """(images, labels, index, what `rand_augment` needs if that is on the device, {id: reason} of broken images) for
+        keys (epoch, repeat, what).
 
         An image is decoded once for its crops, which are neighbours. The place of a broken one goes to the next good one of
         the batch, as a crop with a number that no other has: nothing depends on other batches, workers or what came before.
         """
-        samples, broken, previous = [], {}, None
-        for epoch, repeat, what in keys:
-            if what != previous:
-                previous, loaded = what, None
-                try:
-                    loaded = self.load(what)
-                except BrokenImage as error:
-                    broken[self.name(what)] = str(error)
-            samples.append(loaded and self._crop(*loaded, epoch, repeat))
+        samples, broken = [], {}
+        for what, group in itertools.groupby(keys, key=lambda key: key[2]):
+            numbers = [key[:2] for key in group]
+            try:
+                samples += self._crops(what, numbers)
+            except BrokenImage as error:
+                broken[self.name(what)] = str(error)
+                samples += [None] * len(numbers)
         if not any(samples):
             reasons = _first(list(broken.values()))
             raise DataError(f"{self.data.source}: none of the {len(keys)} images of a batch can be decoded\n{reasons}")
         good = [i for i, sample in enumerate(samples) if sample]
         for i in set(range(len(keys))).difference(good):
             epoch, _, what = keys[min(good, key=lambda g: (g - i) % len(keys))]
-            samples[i] = self._crop(*self.load(what), epoch, self.data.repeats + i)
-        return (*default_collate(samples), broken)
+            (samples[i],) = self._crops(what, [(epoch, self.data.repeats + i)])
+        images, *rest = default_collate(samples)
+        return (self.views.channels_first(images), *rest, broken)
 
-    def _crop(self, image, label, index, epoch, repeat):
-        seed_all(seed_of(self.seed, epoch, index, repeat))
-        return _transformed(image, index, self.transform), label, index
+    def _crops(self, what, numbers):
+        """[(image, label, id) and what is drawn for the device] of one image, one for each (epoch, repeat)."""
+        row, index = self.row(what)
+        named, image, label = _undecoded(row, index, self.data, self.ids)
+        seeds = [seed_of(self.seed, epoch, index, repeat) for epoch, repeat in numbers]
+        views = self.views(image, index, seeds, functools.partial(_broken, named, image))
+        return [(view, label, index, *drawn) for view, *drawn in views]
 
 
 class _Images(_Crops, Dataset):
@@ -600,8 +972,8 @@ class _Images(_Crops, Dataset):
     def __getitem__(self, keys):
         return self.batch(keys)
 
-    def load(self, index):
-        return *_decoded(self.rows[index], index, self.data, self.ids), index
+    def row(self, index):
+        return self.rows[index], index
 
     def name(self, index):
         return index
@@ -680,9 +1052,8 @@ class _Stream(_Crops, IterableDataset):
             for repeat in range(self.data.repeats):
                 yield epoch, repeat, row
 
-    def load(self, row):
-        index = _checksum(_image(row, self.data))
-        return *_decoded(row, index, self.data, self.ids), index
+    def row(self, row):
+        return row, _checksum(_image(row, self.data))
 
     def name(self, row):
         # not the id alone: a hundred empty files are a hundred broken images

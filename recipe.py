@@ -115,6 +115,8 @@ class Data:
     interpolation: Literal["bilinear", "bicubic"]  # evaluation
     max_broken: Share = 0.001  # share of the training images that may be broken before the run stops
     fraction: Annotated[float, Bounds(1e-4, 1)] = 1.0  # of each class: train on so many of its images, the same for all seeds
+    pipeline: Literal["fast", "timm"] = "timm"  # of crop 'resized'; timm: to the byte. fast: the same draws, other arithmetic
+    rand_augment_on: Literal["cpu", "device"] = "cpu"  # device: workers crop, the batch is augmented where it is trained on
     resident: bool = False  # the whole set on the device as one tensor, cropped and flipped there; small images, crop 'pad'
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 ALLOWED = {  # beside the standard library
     "losses": {"torch"},
     "recipe": set(),
-    "data": {"torch", "torchvision", "timm", "datasets", "fsspec", "pyarrow", "numpy", "PIL", "sklearn"},
+    "data": {"torch", "torchvision", "timm", "datasets", "fsspec", "pyarrow", "numpy", "PIL", "sklearn", "cv2", "simplejpeg"},
     "models": {"torch", "timm"},
     "evaluate": {"data", "models", "recipe", "torch", "timm", "numpy", "datasets", "accelerate"},
     "train": {
