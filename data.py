@@ -439,7 +439,7 @@ class _TimmViews:
         for seed in seeds:
             seed_all(seed)
             view = _transformed(image, index, self.transform)
-            yield (view, _as_numbers(_drawn(self.policy))) if self.policy else (view,)
+            yield (view, _as_numbers(_drawn(self.policy), self.policy.num_layers)) if self.policy else (view,)
 
     def channels_first(self, images):
         return images
@@ -527,7 +527,10 @@ class _FastViews:
             )
             if self.painter:
                 self.painter(view, ops)
-            yield (torch.from_numpy(view), *([_as_numbers(ops)] if self.policy and not self.painter else []))
+            yield (
+                torch.from_numpy(view),
+                *([_as_numbers(ops, self.policy.num_layers)] if self.policy and not self.painter else []),
+            )
 
     def _draw(self, seed, width, height):
         seed_all(seed)
@@ -658,9 +661,9 @@ def _weights(distance, cubic):
 class _Painter:
     """RandAugment on uint8 arrays [size, size, 3], in place.
 
-    Against timm's own operations on PIL images of the same array: tables (also of contrast, autocontrast, equalize), colour
-    and sharpness to the bit; shears, translations and bilinear rotation within 1 level. Bicubic rotation and blurs are
-    PIL's. Buffers are kept, because an array of this size comes fresh from the kernel each time, which costs more than most operations.
+    Against timm's own operations on PIL images of the same array: those by a table (also of contrast, autocontrast and
+    equalize) to the bit; colour, sharpness, shears, translations and bilinear rotation within 1 level. Bicubic rotation and
+    blurs are PIL's. Buffers are kept: an array of this size comes fresh from the kernel, which costs more than the work.
     """
 
     def __init__(self, size):
@@ -763,8 +766,142 @@ def _rotation(degrees, size):
     return a, b, a * -middle + b * -middle + middle, d, e, d * -middle + e * -middle + middle
 
 
-def _as_numbers(ops):
-    raise NotImplementedError
+def _as_numbers(ops, layers):
+    """float64 [layers, 3]: number in OPS, value, whether bicubic, of what `rand_augment` shall do; -1 where nothing."""
+    numbers = torch.full((layers, 3), -1.0, dtype=torch.float64)
+    for i, (name, value, cubic) in enumerate(ops):
+        numbers[i] = torch.tensor([OPS.index(name), value, cubic], dtype=torch.float64)
+    return numbers
+
+
+def rand_augment(images, drawn):
+    """RandAugment on the device of images, uint8 [B, 3, size, size]; drawn float64 [B, layers, 3] on the host, by the loader.
+
+    What becomes of an image does not depend on the others. Against timm's operations on PIL images: within 1 level where
+    the input is the same; PIL's kernels and edges. The host waits for nothing: `drawn` says which images go together.
+    """
+    images = images.clone(memory_format=torch.contiguous_format)
+    for layer in drawn.unbind(1):
+        for group, own in DEVICE_OPS.items():
+            chosen = torch.isin(layer[:, 0], torch.tensor([float(OPS.index(name)) for name in group])).nonzero()[:, 0]
+            if len(chosen):
+                names = [OPS[int(i)] for i in layer[chosen, 0]]
+                at = chosen.to(images.device, non_blocking=True)
+                images[at] = own(images[at], names, layer[chosen, 1], layer[chosen, 2] > 0)
+    return images
+
+
+def _look_up(images, tables):
+    """images uint8 [n, 3, size, size] through tables uint8 [n, 3 or 1, 256]."""
+    tables = tables.expand(-1, 3, -1).to(images.device, non_blocking=True)
+    return tables.gather(2, images.flatten(2).long()).view_as(images)
+
+
+def _tables(images, names, values, cubic):
+    tables = [_table(name, int(v) if "Bright" not in name else v) for name, v in zip(names, values.tolist(), strict=True)]
+    return _look_up(images, torch.from_numpy(np.stack(tables))[:, None])
+
+
+def _grey(images):
+    """As PIL's convert("L"), int64 [n, 1, size, size]."""
+    red, green, blue = images.long().split(1, dim=1)
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+
+
+def _between(images, other, factors):
+    """As PIL's Image.blend(other, image, factor): uint8 of other + factor * (image - other), cut and bounded."""
+    factors = factors.float().to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+    return (other + factors * (images.float() - other)).clamp_(0, 255).byte()
+
+
+def _contrasts(images, names, values, cubic):
+    return _between(images, (_grey(images).double().mean((2, 3), keepdim=True) + 0.5).floor().float(), values)
+
+
+def _colours(images, names, values, cubic):
+    plain = torch.tensor([name == "Desaturate" for name in names])
+    return _between(images, _grey(images).float(), torch.where(plain, (1 - values).clamp(0, 1), values))
+
+
+def _sharpnesses(images, names, values, cubic):
+    kernel = torch.from_numpy(SMOOTH * 13).to(images.device)[None, None].expand(3, 1, 3, 3)
+    smooth = images.float()
+    smooth[..., 1:-1, 1:-1] = (F.conv2d(smooth, kernel, groups=3) / 13 + 0.5).floor()
+    return _between(images, smooth, values)
+
+
+def _counts(images):
+    """Pixels of each value, int64 [n, 3, 256]."""
+    pixels = images.flatten(2).long()
+    return torch.zeros(*pixels.shape[:2], 256, dtype=torch.int64, device=images.device).scatter_add_(
+        2, pixels, torch.ones_like(pixels)
+    )
+
+
+def _autocontrasts(images, names, values, cubic):
+    low, high = (edge(images.flatten(2), 2).double()[..., None] for edge in (torch.amin, torch.amax))
+    values = torch.arange(256, device=images.device)
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # a number / a tensor would be number * reciprocal
+    tables = (values * scale - low * scale).clamp(0, 255)
+    return _look_up(images, torch.where(high > low, tables, values.double()).byte())
+
+
+def _equalizes(images, names, values, cubic):
+    counts = _counts(images)
+    last = counts.gather(2, images.flatten(2).amax(2, keepdim=True).long())
+    step = (counts.sum(2, keepdim=True) - last) // 255
+    tables = ((step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)).clamp(max=255)
+    several = ((counts > 0).sum(2, keepdim=True) > 1) & (step > 0)
+    return _look_up(images, torch.where(several, tables, torch.arange(256, device=images.device)).byte())
+
+
+def _warps(images, names, values, cubic):
+    n, size, device = len(images), images.shape[-1], images.device
+    maps = torch.tensor([_affine(name, v, size) for name, v in zip(names, values.tolist(), strict=True)], dtype=torch.float64)
+    a, b, c, d, e, f = maps.float().to(device, non_blocking=True).view(n, 6, 1, 1).unbind(1)
+    middle = torch.arange(size, device=device) + 0.5
+    x, y = (p * middle + q * middle[:, None] + r for p, q, r in ((a, b, c), (d, e, f)))
+    outside = (x < 0) | (x >= size) | (y < 0) | (y >= size)
+    cubic = cubic.to(device, non_blocking=True).view(n, 1, 1)
+    (left, across), (top, down) = (
+        (whole.long(), _kernels(p - whole, cubic)) for p, whole in ((v - 0.5, (v - 0.5).floor()) for v in (x, y))
+    )
+    pixels, sums = images.flatten(2), torch.zeros(images.shape, device=device)
+    for i, vertical in enumerate(down):
+        row = (top + i - 1).clamp(0, size - 1) * size
+        for j, horizontal in enumerate(across):
+            place = (row + (left + j - 1).clamp(0, size - 1)).view(n, 1, -1).expand(-1, 3, -1)
+            sums += (vertical * horizontal)[:, None] * pixels.gather(2, place).view_as(sums)
+    fill = torch.tensor(FILL, dtype=torch.uint8).to(device, non_blocking=True).view(1, 3, 1, 1)
+    return torch.where(
+        outside[:, None], fill, (sums + 1 / 256).clamp_(0, 255).byte()
+    )  # sums in float32: whole ones may be a little less
+
+
+def _kernels(distance, cubic):
+    return [torch.where(cubic, *both) for both in zip(_weights(distance, True), _weights(distance, False), strict=True)]
+
+
+def _affine(name, value, size):
+    """The map from an output pixel to its source, as PIL's transform takes it."""
+    if name == "Rotate":
+        return _rotation(value, size)
+    a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+    along = value * size if name.endswith("Rel") else value
+    if name.startswith("Shear"):
+        return (a, value, c, d, e, f) if "X" in name else (a, b, c, value, e, f)
+    return (a, b, along, d, e, f) if "X" in name else (a, b, c, d, e, along)
+
+
+DEVICE_OPS = {
+    WARPS: _warps,
+    TABLES: _tables,
+    COLOURS: _colours,
+    ("Contrast", "ContrastIncreasing"): _contrasts,
+    ("Sharpness", "SharpnessIncreasing"): _sharpnesses,
+    ("AutoContrast",): _autocontrasts,
+    ("Equalize",): _equalizes,
+}
 
 
 # ---------------------------------------------------------------- training
@@ -783,6 +920,8 @@ class TrainLoader:
 
     With data.resident batches are made on `device` and have a fourth part, int64 [2, B] on the host: the ids of the images
     and the numbers of their views, see Resident. All broken images are known, and counted, before the first batch.
+
+    With data.rand_augment_on "device" the images of a batch are on `device`, RandAugment applied, drawn as on the CPU.
     """
 
     def __init__(self, data, *, seed, batch_size, batch_size_per_process, rank=0, world=1, workers=0, pin=False, device="cpu"):
@@ -793,7 +932,7 @@ class TrainLoader:
             )
         self.data, self.seed, self.per_process, self.rank, self.world = data, seed, batch_size_per_process, rank, world
         self.batch_size, self.accumulate = batch_size, batch_size // (batch_size_per_process * world)
-        self.workers, self.pin, self.broken = workers, pin, {}
+        self.workers, self.pin, self.device, self.broken = workers, pin, device, {}
         self.split = open_split(data, data.train_split)
         check_classes(data, self.split)
         self.lengths = self._check_stream() if data.streaming else None
@@ -812,6 +951,11 @@ class TrainLoader:
             self.steps_per_epoch += 1
         if not self.steps_per_epoch:
             raise DataError(f"{data.source}, {data.train_split}: {self.size} images do not fill one step of {batch_size}")
+        if data.rand_augment_on == "device":
+            unknown = [op.name for op in _without_rand_augment(train_transform(data))[1].ops if op.name not in OPS]
+            if unknown:
+                told = f"data.rand_augment {data.rand_augment!r} has {', '.join(unknown)}"
+                raise DataError(f"{told}, which the device cannot do: set data.rand_augment_on to 'cpu'")
         self.resident = None
         if data.resident:
             self.resident = resident(data, data.train_split, torch.device(device), cut=data.fraction < 1)
@@ -852,7 +996,7 @@ class TrainLoader:
     def _watched(self, batches):
         while True:
             try:
-                images, labels, index, broken = next(batches)
+                images, labels, index, *drawn, broken = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -860,6 +1004,8 @@ class TrainLoader:
                     raise death from error
                 raise
             self._count(broken)
+            if drawn:
+                images = rand_augment(images.to(self.device, non_blocking=True), *drawn)
             yield images, labels, index
 
     def _count(self, broken):

@@ -441,6 +441,13 @@ def _contradictions(recipe):
         yield f"data.shuffle_buffer: expected {expected} streaming, got {data.shuffle_buffer}"
     if data.resident:
         yield from _contradictions_of_resident(data)
+    if data.pipeline == "fast" and not isinstance(data.crop, ResizedCrop):
+        yield "data.pipeline: 'fast' is for crop 'resized': set pipeline to 'timm'"
+    for field, value in (("pipeline", "fast"), ("rand_augment_on", "device")):
+        if getattr(data, field) == value and not (data.rand_augment or "rand-").startswith("rand-"):
+            yield f"data.{field}: {value!r} knows RandAugment only, got rand_augment {data.rand_augment!r}"
+    if data.rand_augment_on == "device" and not data.rand_augment:
+        yield "data.rand_augment_on: there is no rand_augment: set rand_augment_on to 'cpu'"
     if data.streaming and data.fraction < 1:
         yield "data.fraction: a stream's classes are not known beforehand: set streaming to false and shuffle_buffer to 0"
     if data.train_size and data.drop_last and data.train_size * data.fraction < recipe.batch_size:
