@@ -837,13 +837,13 @@ def _erase(images, probability):
 # ---------------------------------------------------------------- evaluation
 
 
-def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numbered=False, device="cpu"):
+def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numbered=False, device=None):
     """Every image of the test split once over all processes (shares may differ in size), in a fixed order.
 
     `numbered`: the index of an image is the number in its file name, ILSVRC2012_val_00000001.JPEG, by which ImageNet-ReaL
-    knows it; DataError for other names.
+    knows it; DataError for other names. `device`: where a resident set lies, for who evaluates more than once; None: nowhere.
     """
-    if data.resident and data.crop_pct == 1 and not numbered:
+    if device is not None and data.resident and data.crop_pct == 1:
         own = resident(data, data.test_split, torch.device(device))
         if own.broken:
             raise DataError(next(iter(own.broken.values())))
