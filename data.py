@@ -406,6 +406,87 @@ def _transformed(image, index, transform):
         raise DataError(f"image {index}: {error}") from None
 
 
+# ---------------------------------------------------------------- a part of a JPEG
+
+RESTART_INDEX = b"restarts\0"  # begins the APP11 segment by which tools/prepare.py lists the restart markers
+RESTARTS = [b"\xff" + bytes([0xD0 + i]) for i in range(8)]
+
+
+@dataclasses.dataclass
+class JpegFrame:
+    """What stands before the scan of a JPEG. Positions are bytes from the file's first."""
+
+    at: int = 0  # where the frame header begins
+    width: int = 0
+    height: int = 0
+    mcu_width: int = 8  # pixels of what is coded as one
+    mcu_height: int = 8
+    scan: int = 0  # where the entropy-coded data begin
+    interval: int = 0  # MCUs between restart markers
+    places: np.ndarray | None = None  # of these markers, from `scan`
+
+
+def jpeg_frame(jpeg):
+    """The `JpegFrame` of a JPEG whose first scan has all components; ValueError for other bytes."""
+    frame, at, components = JpegFrame(), 2, 0
+    while jpeg[at : at + 1] == b"\xff":
+        marker, end = jpeg[at + 1], at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        body = jpeg[at + 4 : end]
+        if marker in (0xC0, 0xC1, 0xC2):  # the last: progressive, whose scans are several; for tools/prepare.py
+            frame.at, components = at, body[5]
+            frame.height, frame.width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+            if components > 1:  # of one component, every block is coded for itself
+                factors = body[7::3]
+                frame.mcu_width, frame.mcu_height = 8 * max(f >> 4 for f in factors), 8 * max(f & 15 for f in factors)
+        elif marker == 0xDD:
+            frame.interval = int.from_bytes(body, "big")
+        elif marker == 0xEB and body.startswith(RESTART_INDEX):
+            frame.places = np.frombuffer(body[len(RESTART_INDEX) :], "<u4")
+        elif marker == 0xDA:
+            frame.scan = end
+            break
+        at = end
+    if not frame.scan or not frame.width or body[0] != components:
+        raise ValueError("no JPEG whose first scan has all components")
+    return frame
+
+
+def cut(jpeg, box):
+    """A JPEG of the part of `jpeg` that holds the box (left, upper, right, lower), and the (x, y) of its corner; by slices.
+
+    None where tools/prepare.py has left no index, or one that is not this file's. What lies between two restart markers can be
+    decoded by itself. With one MCU more on each side, for decoders that interpolate colours across blocks, the box has the
+    pixels that it has in the whole image.
+    """
+    frame, (left, upper, right, lower) = jpeg_frame(jpeg), map(int, box)
+    columns, rows = -(-frame.width // frame.mcu_width), -(-frame.height // frame.mcu_height)
+    if frame.places is None or not frame.interval or columns % frame.interval or jpeg[frame.at + 1] == 0xC2:
+        return None
+    across, width = columns // frame.interval, frame.interval * frame.mcu_width  # parts of a row, and a part's pixels
+    first = max(0, (left - frame.mcu_width) // width)
+    last = min(across, -(-(right + frame.mcu_width) // width))
+    top = max(0, upper // frame.mcu_height - 1)
+    bottom = min(rows, -(-lower // frame.mcu_height) + 1)
+    edges = frame.scan + np.concatenate([[-2], frame.places, [len(jpeg) - 2 - frame.scan]]).astype(np.int64)
+    if len(edges) != across * rows + 1:
+        return None
+
+    chosen = np.arange(across * rows).reshape(rows, across)[top:bottom, first:last].ravel()
+    begin, end, whole = edges[chosen] + 2, edges[chosen + 1], np.frombuffer(jpeg, np.uint8)
+    if end.max() > len(jpeg) - 2 or (whole[end] != 0xFF).any():
+        return None
+    if ((whole[end + 1] != 0xD0 + chosen % 8) & (chosen < across * rows - 1)).any():
+        return None
+    parts = [RESTARTS[0]] * (2 * len(chosen))
+    parts[::2] = [jpeg[b:e] for b, e in zip(begin.tolist(), end.tolist(), strict=True)]
+    parts[1::2] = (RESTARTS * (len(chosen) // 8 + 1))[: len(chosen)]
+    parts[-1] = b"\xff\xd9"
+    corner = first * width, top * frame.mcu_height
+    size = min(frame.height, bottom * frame.mcu_height) - corner[1], min(frame.width, last * width) - corner[0]
+    sizes = b"".join(side.to_bytes(2, "big") for side in size)
+    return b"".join([jpeg[: frame.at + 5], sizes, jpeg[frame.at + 9 : frame.scan], *parts]), corner
+
+
 # ---------------------------------------------------------------- training
 
 
