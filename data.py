@@ -460,7 +460,7 @@ def cut(jpeg, box):
     """
     frame, (left, upper, right, lower) = jpeg_frame(jpeg), map(int, box)
     columns, rows = -(-frame.width // frame.mcu_width), -(-frame.height // frame.mcu_height)
-    if frame.places is None or not frame.interval or columns % frame.interval or jpeg[frame.at + 1] == 0xC2:
+    if frame.places is None or not frame.interval or columns % frame.interval:
         return None
     across, width = columns // frame.interval, frame.interval * frame.mcu_width  # parts of a row, and a part's pixels
     first = max(0, (left - frame.mcu_width) // width)

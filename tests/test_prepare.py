@@ -82,10 +82,17 @@ def test_without_an_index_of_its_own_nothing_is_cut():
     box = (100, 60, 180, 150)
     assert data.cut(jpeg, box) is None and data.cut(indexed, box) is not None
     at = indexed.index(data.RESTART_INDEX) + len(data.RESTART_INDEX)
+    size = 2 + int.from_bytes(indexed[4:6], "big")
     shifted = indexed[: at + 40] + bytes([indexed[at + 40] ^ 1]) + indexed[at + 41 :]
     other = prepare.with_index(saved(picture(256, 192, seed=1), restart_marker_blocks=4, subsampling="4:2:0"))
-    size = 2 + int.from_bytes(indexed[4:6], "big")
-    for wrong in (shifted, other[: 2 + size] + jpeg[2:], indexed[:-3000], saved(image, progressive=True)):
+    late = indexed[:at] + indexed[at + 4 : 2 + size] + indexed[size - 2 : 2 + size] + indexed[2 + size :]  # all are markers
+    for wrong in (
+        shifted,
+        late,
+        other[: 2 + size] + jpeg[2:],
+        indexed[:-3000],
+        prepare.with_index(saved(image, progressive=True, restart_marker_blocks=4)),
+    ):
         assert data.cut(wrong, (0, 0, 256, 192)) is None
     with pytest.raises(ValueError, match="no JPEG whose"):
         data.jpeg_frame(b"\x89PNG\r\n")
