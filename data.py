@@ -424,6 +424,90 @@ def _transformed(image, index, transform):
         raise DataError(f"image {index}: {error}") from None
 
 
+# ---------------------------------------------------------------- a part of a JPEG
+
+RESTART_INDEX = b"restarts\0"  # begins the APP11 segment by which tools/prepare.py lists the restart markers
+JPEG_SEGMENTS = {0xC0, 0xC1, 0xC2, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # of the frames that are known here
+RESTARTS = [b"\xff" + bytes([0xD0 + i]) for i in range(8)]
+
+
+@dataclasses.dataclass
+class JpegFrame:
+    """What stands before the scan of a JPEG. Positions are bytes from the file's first."""
+
+    at: int = 0  # where the frame header begins
+    width: int = 0
+    height: int = 0
+    mcu_width: int = 8  # pixels of what is coded as one
+    mcu_height: int = 8
+    scan: int = 0  # where the entropy-coded data begin
+    interval: int = 0  # MCUs between restart markers
+    places: np.ndarray | None = None  # of these markers, from `scan`
+
+
+def jpeg_frame(jpeg):
+    """The `JpegFrame` of a JPEG whose first scan has all components; ValueError for other bytes."""
+    frame, at, components = JpegFrame(), 2, 0
+    while jpeg[at : at + 1] == b"\xff":
+        marker, end = jpeg[at + 1], at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        body = jpeg[at + 4 : end]
+        if marker not in JPEG_SEGMENTS:
+            break
+        if marker in (0xC0, 0xC1, 0xC2):  # the last: progressive, whose scans are several; for tools/prepare.py
+            frame.at, components = at, body[5]
+            frame.height, frame.width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+            if components > 1:  # of one component, every block is coded for itself
+                factors = body[7::3]
+                frame.mcu_width, frame.mcu_height = 8 * max(f >> 4 for f in factors), 8 * max(f & 15 for f in factors)
+        elif marker == 0xDD:
+            frame.interval = int.from_bytes(body, "big")
+        elif marker == 0xEB and body.startswith(RESTART_INDEX):
+            frame.places = np.frombuffer(body[len(RESTART_INDEX) :], "<u4")
+        elif marker == 0xDA:
+            frame.scan = end
+            break
+        at = end
+    if not frame.scan or not frame.width or body[0] != components:
+        raise ValueError("no JPEG whose first scan has all components")
+    return frame
+
+
+def cut(jpeg, box):
+    """A JPEG of the part of `jpeg` that holds the box (left, upper, right, lower), and the (x, y) of its corner; by slices.
+
+    None where tools/prepare.py has left no index, or one that is not this file's. What lies between two restart markers can be
+    decoded by itself. With one MCU more on each side, for decoders that interpolate colours across blocks, the box has the
+    pixels that it has in the whole image.
+    """
+    frame, (left, upper, right, lower) = jpeg_frame(jpeg), map(int, box)
+    columns, rows = -(-frame.width // frame.mcu_width), -(-frame.height // frame.mcu_height)
+    if frame.places is None or not frame.interval or columns % frame.interval:
+        return None
+    across, width = columns // frame.interval, frame.interval * frame.mcu_width  # parts of a row, and a part's pixels
+    first = max(0, (left - frame.mcu_width) // width)
+    last = min(across, -(-(right + frame.mcu_width) // width))
+    top = max(0, upper // frame.mcu_height - 1)
+    bottom = min(rows, -(-lower // frame.mcu_height) + 1)
+    edges = frame.scan + np.concatenate([[-2], frame.places, [len(jpeg) - 2 - frame.scan]]).astype(np.int64)
+    if len(edges) != across * rows + 1:
+        return None
+
+    chosen = np.arange(across * rows).reshape(rows, across)[top:bottom, first:last].ravel()
+    begin, end, whole = edges[chosen] + 2, edges[chosen + 1], np.frombuffer(jpeg, np.uint8)
+    if end.max() > len(jpeg) - 2 or (whole[end] != 0xFF).any():
+        return None
+    if ((whole[end + 1] != 0xD0 + chosen % 8) & (chosen < across * rows - 1)).any():
+        return None
+    parts = [RESTARTS[0]] * (2 * len(chosen))
+    parts[::2] = [jpeg[b:e] for b, e in zip(begin.tolist(), end.tolist(), strict=True)]
+    parts[1::2] = (RESTARTS * (len(chosen) // 8 + 1))[: len(chosen)]
+    parts[-1] = b"\xff\xd9"
+    corner = first * width, top * frame.mcu_height
+    size = min(frame.height, bottom * frame.mcu_height) - corner[1], min(frame.width, last * width) - corner[0]
+    sizes = b"".join(side.to_bytes(2, "big") for side in size)
+    return b"".join([jpeg[: frame.at + 5], sizes, jpeg[frame.at + 9 : frame.scan], *parts]), corner
+
+
 class _TimmViews:
     """The crops of one image, from the transforms as timm builds them, to the byte."""
 
@@ -447,47 +531,43 @@ class _TimmViews:
 
 # ---------------------------------------------------------------- one image, fast
 
-JPEG_SEGMENTS = {0xDB, 0xC4, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restart interval, comment, applications: of any frame
-ROOM = (
-    12_000_000  # bytes of memory that is kept for a decoded image: what comes fresh from the kernel costs a third of decoding
-)
+# Bytes of memory that are kept for a decoded image: what comes fresh from the kernel costs a third of decoding.
+ROOM = 12_000_000
 
 
 class _Jpeg:
     """An undecoded JPEG in colour, in one sequential scan, whole: PIL would decode it, too, to the same pixels."""
 
-    def __init__(self, raw, height_at, size, mcu):
-        self.raw, self.height_at, self.size, self.mcu = raw, height_at, size, mcu
+    def __init__(self, raw, frame):
+        self.raw, self.frame, self.size = raw, frame, (frame.width, frame.height)
 
     @classmethod
     def of(cls, raw):
         """None for anything else. A marker inside of the scan is not whole: PIL may refuse what comes after it."""
-        at, frame = 2, None
-        while raw[:2] == b"\xff\xd8" and raw[at : at + 1] == b"\xff" and at + 4 < len(raw):
-            kind, end = raw[at + 1], at + 2 + int.from_bytes(raw[at + 2 : at + 4], "big")
-            if kind in (0xC0, 0xC1) and frame is None and raw[at + 4] == 8 and raw[at + 9] == 3:
-                height, width = (int.from_bytes(raw[at + i : at + i + 2], "big") for i in (5, 7))
-                frame = at + 5, (width, height), 8 * max(raw[at + i] & 15 for i in (11, 14, 17))
-            elif kind == 0xDA:
-                whole = frame and raw[at + 4] == 3 and 0 < width * height <= MAX_PIXELS and _ends_whole(raw, end)
-                return cls(raw, *frame) if whole else None
-            elif kind not in JPEG_SEGMENTS:
-                return None
-            at = end
+        try:
+            frame = jpeg_frame(raw)
+        except (ValueError, IndexError):
+            return None
+        plain = raw[:2] == b"\xff\xd8" and raw[frame.at + 1] != 0xC2 and raw[frame.at + 4] == 8 and raw[frame.at + 9] == 3
+        if plain and 0 < frame.width * frame.height <= MAX_PIXELS and _ends_whole(raw, frame.scan):
+            return cls(raw, frame)
         return None
 
-    def pixels(self, bottom, room):
-        """uint8 [at least `bottom`, width, 3], in `room` if it is large enough: the rows below it stay undecoded.
+    def pixels(self, box, room):
+        """(uint8 [H, W, 3] with the pixels of the box (left, upper, right, lower), the (x, y) of its corner), in `room` if it
+        is large enough; the rest is left out where that can be.
 
-        libjpeg stops at the height that the header names. Two MCUs more than asked for, since the chroma of a row is
-        interpolated with that of the next.
+        That is what `cut` says; or else what lies below: libjpeg stops at the height that the header names, here with two
+        MCUs more than the box has, since the chroma of a row is interpolated with that of the next.
         """
-        width, height = self.size
-        rows = min(height, (bottom // self.mcu + 2) * self.mcu)
+        part = cut(self.raw, box) if self.frame.places is not None else None
+        if part:
+            return simplejpeg.decode_jpeg(part[0], strict=False), part[1]
+        at, rows = self.frame.at + 5, min(self.frame.height, (box[3] // self.frame.mcu_height + 2) * self.frame.mcu_height)
         raw = bytearray(self.raw)
-        raw[self.height_at : self.height_at + 2] = rows.to_bytes(2, "big")
-        room = room if 3 * rows * width <= len(room) else None
-        return simplejpeg.decode_jpeg(raw, buffer=room, strict=False)  # PIL, too, passes over libjpeg's warnings
+        raw[at : at + 2] = rows.to_bytes(2, "big")
+        room = room if 3 * rows * self.frame.width <= len(room) else None
+        return simplejpeg.decode_jpeg(raw, buffer=room, strict=False), (0, 0)  # PIL, too, passes over libjpeg's warnings
 
 
 def _ends_whole(raw, start):
@@ -501,9 +581,9 @@ def _ends_whole(raw, start):
 class _FastViews:
     """The crops of one image: timm's draws in timm's order, other arithmetic.
 
-    A JPEG is decoded by simplejpeg, whose pixels are PIL's, down to the lowest row that a crop needs; other files by PIL.
-    A crop is resized by PyTorch, within 2 levels of PIL (all but 2 % of the values equal), and RandAugment done by `_Painter`. Memory is used again from
-    image to image, so a view lives until `per_process` others were made.
+    A JPEG is decoded by simplejpeg, whose pixels are PIL's, as far as the crops need it; other files by PIL. A crop is resized
+    by PyTorch, within 2 levels of PIL and for 98 % of the values equal; RandAugment is `_Painter`'s. Memory is used again
+    from image to image, so a view lives until `per_process` others were made.
     """
 
     def __init__(self, data, per_process):
@@ -518,13 +598,11 @@ class _FastViews:
         with broken():
             image = _Jpeg.of(raw["bytes"]) or decode(raw)
         plans = [self._draw(seed, *image.size) for seed in seeds]
-        with broken():
-            image = self._pixels(image, raw, max(top + height for (top, _, height, _), *_ in plans))
-        for box, mode, flipped, ops in plans:
-            view = next(self.places)
-            cv2.flip(self._resized(image, *box, mode), 1, dst=view) if flipped else np.copyto(
-                view, self._resized(image, *box, mode)
-            )
+        pixels, (x, y) = self._pixels(image, raw, _around([box for box, *_ in plans]), broken)
+        for (top, left, height, width), mode, flipped, ops in plans:
+            view, crop = next(self.places), pixels[top - y : top - y + height, left - x : left - x + width]
+            resized = self._resized(crop, mode)
+            cv2.flip(resized, 1, dst=view) if flipped else np.copyto(view, resized)
             if self.painter:
                 self.painter(view, ops)
             yield (
@@ -540,24 +618,31 @@ class _FastViews:
         flipped = self.flip > 0 and bool(torch.rand(1) < self.flip)
         return box, _pil_name(mode), flipped, _drawn(self.policy) if self.policy else []
 
-    def _pixels(self, image, raw, bottom):
+    def _pixels(self, image, raw, box, broken):
         if isinstance(image, _Jpeg):
             try:
-                return image.pixels(bottom, self.room)
-            except (ValueError, RuntimeError):  # whatever it is, PIL decides
-                image = decode(raw)
-        return np.asarray(image)
+                return image.pixels(box, self.room)
+            except ValueError:  # whatever it is, PIL decides
+                with broken():
+                    image = decode(raw)
+        return np.asarray(image), (0, 0)
 
-    def _resized(self, pixels, top, left, height, width, mode):
-        size = 3 * height * width
-        crop = (self.cropped[:size] if size <= ROOM else np.empty(size, np.uint8)).reshape(height, width, 3)
-        np.copyto(crop, pixels[top : top + height, left : left + width])
+    def _resized(self, pixels, mode):
+        room = self.cropped[: pixels.size] if pixels.size <= ROOM else np.empty(pixels.size, np.uint8)
+        crop = room.reshape(pixels.shape)
+        np.copyto(crop, pixels)
         crop = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # with [None] last it would count as channels first
         return F.interpolate(crop, (self.size, self.size), mode=mode, antialias=True)[0].permute(1, 2, 0).numpy()
 
     def channels_first(self, images):
         """uint8 [B, size, size, 3] -> [B, 3, size, size], channels last in memory, as they were painted."""
         return images.permute(0, 3, 1, 2)
+
+
+def _around(boxes):
+    """(left, upper, right, lower) of what holds all boxes (top, left, height, width)."""
+    top, left, height, width = np.array(boxes).T
+    return tuple(map(int, (left.min(), top.min(), (left + width).max(), (top + height).max())))
 
 
 def _pil_name(mode):
@@ -1355,13 +1440,13 @@ def _erase(images, probability):
 # ---------------------------------------------------------------- evaluation
 
 
-def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numbered=False, device="cpu"):
+def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numbered=False, device=None):
     """Every image of the test split once over all processes (shares may differ in size), in a fixed order.
 
     `numbered`: the index of an image is the number in its file name, ILSVRC2012_val_00000001.JPEG, by which ImageNet-ReaL
-    knows it; DataError for other names.
+    knows it; DataError for other names. `device`: where a resident set lies, for who evaluates more than once; None: nowhere.
     """
-    if data.resident and data.crop_pct == 1 and not numbered:
+    if device is not None and data.resident and data.crop_pct == 1:
         own = resident(data, data.test_split, torch.device(device))
         if own.broken:
             raise DataError(next(iter(own.broken.values())))

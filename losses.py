@@ -60,8 +60,10 @@ def kd(student_logits, teacher_logits, target=None, *, temperature=1.0):
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature)
     with torch.no_grad():
-        (p_student, lse_student), (p_teacher, lse_teacher) = (_softmax(z, temperature) for z in (student, teacher))
-        kl = (teacher - student).mul_(p_teacher).sum() + temperature * (lse_student - lse_teacher).sum()
+        (z_student, p_student, lse_student), (z_teacher, p_teacher, lse_teacher) = (
+            _softmax(z, z, temperature) for z in (student, teacher)
+        )
+        kl = z_teacher.sub_(z_student).mul_(p_teacher).sum() + temperature * (lse_student - lse_teacher).sum()
         gradient = p_student.sub_(p_teacher)
     return temperature / len(student) * _KnownGradient.apply(student, kl, gradient)
 
@@ -83,15 +85,15 @@ def dkd(student_logits, teacher_logits, target, *, alpha=1.0, beta=2.0, temperat
     ids = (target if target.ndim == 1 else target.argmax(dim=1))[:, None]
     with torch.no_grad():
         # a true -inf: the references' `1000 * mask` fails at margins over 1000
-        others = (_softmax(z.scatter(1, ids, -torch.inf), temperature) for z in (student, teacher))
-        (q_student, lse_student), (q_teacher, lse_teacher) = others  # q is 0 at y
-        non_target_kl = (teacher - student).mul_(q_teacher).sum() + temperature * (lse_student - lse_teacher).sum()
+        others = (_softmax(z, z.scatter(1, ids, -torch.inf), temperature) for z in (student, teacher))
+        (z_student, q_student, lse_student), (z_teacher, q_teacher, lse_teacher) = others  # q is 0 at y
         # The references take log(softmax(...)[others].sum()): inf as soon as the sum underflows, which a logit margin of 104
         # does in float32. The margin itself has no such limit.
-        m_student = student.gather(1, ids) / temperature - lse_student
-        m_teacher = teacher.gather(1, ids) / temperature - lse_teacher
+        m_student = z_student.gather(1, ids) / temperature - lse_student
+        m_teacher = z_teacher.gather(1, ids) / temperature - lse_teacher
         p_teacher = m_teacher.sigmoid()
         cross, entropy = (F.binary_cross_entropy_with_logits(m, p_teacher, reduction="sum") for m in (m_student, m_teacher))
+        non_target_kl = z_teacher.sub_(z_student).mul_(q_teacher).sum() + temperature * (lse_student - lse_teacher).sum()
         kl = alpha * temperature * (cross - entropy) + beta * non_target_kl
         of_target = alpha * (m_student.sigmoid() - p_teacher)
         gradient = q_student.mul_(beta - of_target).sub_(q_teacher, alpha=beta).scatter_(1, ids, of_target)
@@ -320,11 +322,11 @@ class CRD(nn.Module):
         """Loss of unit rows v [B, D] against the bank rows of `sampled` [B, 1 + K], the positive first; updates the banks."""
         v, banks = torch.stack([v_student, v_teacher]), (self.bank_teacher, self.bank_student)
         n_data, negatives = len(self.by_class), sampled.shape[1] - 1
-        with torch.no_grad():  # the gradient by v is found here, as long as the rows are in the cache
+        with torch.no_grad():  # autograd would keep the scores, and on a CPU the [B, 1 + K, D] rows, for backward
             scores = torch.stack([_products(x, bank, sampled) for x, bank in zip(v, banks, strict=True)]) / self.temperature
             # the estimate costs little; to ask the device whether it is needed would stall every step
             estimate = scores.exp().mean(dim=(1, 2)) * n_data
-            self.z = torch.where(self.z > 0, self.z, self.gather(estimate[None]).mean(dim=0))
+            self.z.copy_(torch.where(self.z > 0, self.z, self.gather(estimate[None]).mean(dim=0)))
 
             noise = negatives / n_data
             logits = scores - (self.z.log() + math.log(noise + 1e-7))[:, None, None]  # of x_j / (x_j + c)
@@ -349,18 +351,16 @@ class CRD(nn.Module):
         order = index.argsort(stable=True)
         last = order[torch.searchsorted(index[order], index, right=True) - 1]
 
-        def moved(bank, v):
-            rows = _unit(self.momentum * bank[index] + (1 - self.momentum) * v[last])
-            return bank.index_copy(0, index, rows)  # out of place: a state dict taken before the step keeps its rows
-
-        self.bank_student, self.bank_teacher = moved(self.bank_student, v_student), moved(self.bank_teacher, v_teacher)
+        for bank, v in ((self.bank_student, v_student), (self.bank_teacher, v_teacher)):
+            bank.index_copy_(0, index, _unit(self.momentum * bank[index] + (1 - self.momentum) * v[last]))
 
 
 def _products(v, bank, ids):
     """v [B, D], ids [B, N] of rows of the bank [n, D] -> <v_i, bank[ids_ij]> [B, N]."""
     if _all_rows(bank, ids):
         return (v @ bank.T).gather(1, ids)
-    return torch.stack([bank[rows] @ x for x, rows in zip(v, ids, strict=True)])  # [B, N, D] at once would be 2 GB
+    # [B, N, D] at once would be 2 GB; index_select takes a third of the time of bank[rows]
+    return torch.stack([bank.index_select(0, rows) @ x for x, rows in zip(v, ids, strict=True)])
 
 
 def _weighted_rows(weight, bank, ids):
@@ -532,11 +532,14 @@ def _scaled(z, temperature):
     return z if temperature == 1 else z / temperature
 
 
-def _softmax(z, temperature):
-    """z [B, K] -> p = softmax(z / T), and the log-sum-exp of z / T [B, 1]; for use without gradient."""
-    p = _scaled(z, temperature).softmax(dim=1)
-    # log max p = max z / T - lse: no second exponential
-    return p, z.amax(dim=1, keepdim=True) / temperature - p.amax(dim=1, keepdim=True).log()
+def _softmax(z, among, temperature):
+    """z, `among` [B, K] -> (z less a constant a row, p = softmax(among / T), log-sum-exp of among / T, less the same [B, 1]).
+
+    The constant is the maximum of `among`: differences of what is left are exact where the logits lie far from 0. For use
+    without gradient.
+    """
+    peak, p = among.amax(dim=1, keepdim=True), _scaled(among, temperature).softmax(dim=1)
+    return z - peak, p, -p.amax(dim=1, keepdim=True).log()  # log max p = 0 - lse: no second exponential
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """The losses on features: golden values with gradients, what must not matter, memory, and CRD's banks and sampler."""
 
+import copy
 import json
 
 import numpy as np
@@ -418,7 +419,7 @@ class Ranks:
         self.modules, self.sent = modules, {}
 
     def run(self, step):
-        before = [m.state_dict() for m in self.modules]
+        before = [copy.deepcopy(m.state_dict()) for m in self.modules]
         for _ in range(2):
             for rank, module in enumerate(self.modules):
                 module.load_state_dict(before[rank])

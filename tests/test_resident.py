@@ -134,7 +134,7 @@ def test_order_and_labels_are_those_of_the_other_loader(changes, world, rank):
 def test_evaluation_is_that_of_the_other_loader():
     for rank in range(2):
         place = dict(batch_size=100, rank=rank, world=2)
-        pairs = zip(*(data.test_loader(section(data__resident=r), **place) for r in (True, False)), strict=True)
+        pairs = zip(*(data.test_loader(section(data__resident=r), device="cpu", **place) for r in (True, False)), strict=True)
         assert all(torch.equal(a, b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
 
 
@@ -208,7 +208,7 @@ def test_faults_are_told_before_the_first_batch(broken_source, tmp_path):
 def test_a_broken_test_image_is_an_error(broken_source):
     made = broken_section(broken_source, data__test_split="train", data__train_split="test")
     with pytest.raises(data.DataError, match=r"^image 3 \(003.jpg\): cannot be decoded"):
-        data.test_loader(made, batch_size=8)
+        data.test_loader(made, batch_size=8, device="cpu")
 
 
 RESIZED = {"kind": "resized", "scale": [0.5, 1.0], "ratio": [0.75, 1.33], "interpolation": "bilinear"}
