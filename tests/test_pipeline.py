@@ -84,6 +84,17 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
 
 
+@pytest.fixture
+def horizontally_first(monkeypatch):
+    """PIL as it was before Pillow 13, which resizes some crops vertically first and cuts other values at 0 and 255."""
+    functional, resize = transforms.functional, transforms.functional.resize
+
+    def in_two(image, size, *a, **k):
+        return resize(resize(image, (image.height, size[1]), *a, **k), size, *a, **k)
+
+    monkeypatch.setattr(functional, "resize", in_two)
+
+
 # ---------------------------------------------------------------- decoding
 
 
@@ -139,7 +150,7 @@ def odd_files():
     }
 
 
-def test_odd_files_are_what_timms_pipeline_makes_of_them(tmp_path):
+def test_odd_files_are_what_timms_pipeline_makes_of_them(tmp_path, horizontally_first):
     """Decoded by PIL, or decoded to the same pixels, or broken, with the same words."""
     odd = odd_files()
     fill = {f"good{i}.jpg": encoded(i) for i in range(12)}
@@ -150,25 +161,25 @@ def test_odd_files_are_what_timms_pipeline_makes_of_them(tmp_path):
     assert both[0][1] == both[1][1] and len(both[0][1]) >= 5
     for (images, *rest), (theirs, *others) in zip(both[0][0], both[1][0], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))
-        assert (images.int() - theirs.int()).abs().max() <= 3
+        assert (images.int() - theirs.int()).abs().max() <= 2
 
 
 # ---------------------------------------------------------------- draws
 
 
-def test_crops_flips_and_pixels_are_timms(folder):
-    """The same draws: the same crop, kernel and flip; PyTorch's resampling is within three levels of PIL's."""
+def test_crops_flips_and_pixels_are_timms(folder, horizontally_first):
+    """The same draws: the same crop, kernel and flip; PyTorch's resampling is within two levels of PIL's."""
     ours, timms = (list(loader(folder | CROP, **more).batches(0, 12)) for more in (FAST, {}))
     differ = 0
     for (images, *rest), (theirs, *others) in zip(ours, timms, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))
         gap = (images.int() - theirs.int()).abs()
         differ += (gap > 0).float().mean() / len(ours)
-        assert gap.max() <= 3 and images.dtype == torch.uint8
+        assert gap.max() <= 2 and images.dtype == torch.uint8
     assert differ < 0.02  # of waves and noise, the worst there is
 
 
-def test_crops_of_real_photographs_are_within_two_levels_of_timms():
+def test_crops_of_real_photographs_are_within_two_levels_of_timms(horizontally_first):
     section = make_recipe(**CROP | FAST).data
     fast, timms = data._FastViews(section, 1), data.train_transform(section)
     for i, raw in enumerate(real_jpegs(25)):

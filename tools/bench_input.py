@@ -37,7 +37,7 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def settings_of(args, *changes):
+def settings_of(args):
     path, source = ROOT / "recipes" / f"{args.recipe}.json", json.dumps(str(args.data))
     section = recipe.load(path, [f"data.source={source}"]).data
     streamless = dict(streaming=False, shuffle_buffer=0, train_size=None, repeats=1, test_split=section.train_split)
@@ -80,7 +80,7 @@ class Ours:
         return self.images[[(0, repeat, i) for i, repeat in keys]]
 
 
-def decode_only(raws, index, room=np.empty(data.ROOM, np.uint8)):
+def decode_only(raws, room, index):
     for i in index:
         simplejpeg.decode_jpeg(raws[i], buffer=room)
 
@@ -98,7 +98,7 @@ def ways(args):
         "fast, RandAugment on the device": fast(rand_augment_on="device"),
         "fast, 3 repeats": fast(repeats=3),
         "fast, 3 repeats, RandAugment on the device": fast(repeats=3, rand_augment_on="device"),
-        "decode only": functools.partial(decode_only, raws),
+        "decode only": functools.partial(decode_only, raws, np.empty(data.ROOM, np.uint8)),
     }, len(rows)
 
 
