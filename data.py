@@ -855,10 +855,8 @@ def _rotation(degrees, size):
 
 def _as_numbers(ops, layers):
     """float64 [layers, 3]: number in OPS, value, whether bicubic, of what `rand_augment` shall do; -1 where nothing."""
-    numbers = torch.full((layers, 3), -1.0, dtype=torch.float64)
-    for i, (name, value, cubic) in enumerate(ops):
-        numbers[i] = torch.tensor([OPS.index(name), value, cubic], dtype=torch.float64)
-    return numbers
+    rows = [(OPS.index(name), value, cubic) for name, value, cubic in ops]
+    return torch.tensor(rows + [(-1, 0, 0)] * (layers - len(rows)), dtype=torch.float64)
 
 
 def rand_augment(images, drawn):
