@@ -41,6 +41,7 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+BUILD = models.build  # which `ours` replaces, for train.py
 CUDA_GRAPHS = COMPILED | {"ACCELERATE_DYNAMO_MODE": "reduce-overhead"}
 
 
@@ -79,7 +80,7 @@ class Tiny(nn.Module):
 
 
 def network(name, settings, work):
-    return Tiny() if name == "tiny" else models.build(name, classes=settings.data.classes, size=work.size)
+    return Tiny() if name == "tiny" else BUILD(name, classes=settings.data.classes, size=work.size)
 
 
 class Repeated:
@@ -164,10 +165,11 @@ TIMM = {
     "timm's task, compiled": (theirs, dict(task=True, compiled=True, **LAST), {}),
 }
 OURS = {"ours": (ours, {}, {}), "ours, compiled": (ours, {}, COMPILED)}
+BF16 = {"ours, compiled, bf16": (ours, {}, COMPILED | {"ACCELERATE_MIXED_PRECISION": "bf16"})}  # not the same numbers
 GRAPHS = {"ours, CUDA graphs": (ours, {}, CUDA_GRAPHS)}
 WAYS = {
-    "cifar": {"mdistiller's loop": (theirs, dict(reads=True), {}), **OURS, **GRAPHS},
-    "imagenet": {"vanillaKD's loop": (theirs, dict(reads=True), {}), **TIMM, **OURS},
+    "cifar": {"mdistiller's loop": (theirs, dict(reads=True), {}), **OURS, **BF16, **GRAPHS},
+    "imagenet": {"vanillaKD's loop": (theirs, dict(reads=True), {}), **TIMM, **OURS, **BF16},
     "beitb": {**TIMM, **OURS},
     "beitl": {**TIMM, **OURS},
     "overhead": {"a plain loop": (theirs, {}, {}), "ours": (ours, {}, {})},
@@ -216,6 +218,8 @@ def compare(section, args):
             connection.send(args.steps)
             taken[way] = connection.recv()[0]
         rounds.append(taken)
+    for connection in connections.values():
+        connection.send(0)
     first, rows = next(iter(connections)), []
     for way in connections:
         seconds = statistics.median(taken[way] for taken in rounds)
@@ -257,6 +261,7 @@ def memory(args):
         connection.send(1000)
         sizes.append(connection.recv()[1])
         print(f"after {1000 * len(sizes)} steps: {sizes[-1]:.0f} MB", flush=True)
+    connection.send(0)
     return {"steps": 1000, "peak_resident_mb": sizes}
 
 
