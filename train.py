@@ -285,9 +285,19 @@ def update(trainee):
 
     A step whose gradient is not finite is left out, on the device: for the host to look would stop the pipeline.
     """
-    accelerator, optimizer, clip = trainee.accelerator, trainee.optimizer, trainee.settings.clip_grad
+    accelerator = trainee.accelerator
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # has stepped already: the loss must tell
-        return accelerator.reduce(trainee.parts[-1][0].clone(), "sum").isfinite()
+        finite = accelerator.reduce(trainee.parts[-1][0].clone(), "sum").isfinite()
+    else:
+        finite = step_optimizer(trainee)
+    if trainee.ema:
+        trainee.ema.update(trainee.net)
+    return finite
+
+
+def step_optimizer(trainee):
+    """Clip and step; returns whether the gradient was finite, on the device."""
+    accelerator, optimizer, clip = trainee.accelerator, trainee.optimizer, trainee.settings.clip_grad
     accelerator.unscale_gradients(optimizer)
     parameters = [p for p in trainee.module.parameters() if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters])))
@@ -302,8 +312,6 @@ def update(trainee):
     elif finite:  # a synchronisation: this optimizer knows no other way
         inner.step()
     inner.zero_grad()
-    if trainee.ema:
-        trainee.ema.update(trainee.net)
     return finite
 
 
@@ -871,11 +879,15 @@ def make_optimizer(module, student):
     )
     if isinstance(optimizer, timm.optim.Lamb):
         return models.Lamb.like(optimizer)
-    if isinstance(optimizer, torch.optim.SGD) and not student.optimizer_args.get("dampening"):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:  # PyTorch leaves them uninitialised if the first step is skipped
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def start_momentum(optimizer):
+    """Zero momentum for SGD: where the very first step is left out, PyTorch would take what the memory held."""
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"] and not optimizer.defaults["dampening"]:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def checkpoint_activations(model, student):
@@ -924,6 +936,8 @@ def make_run(settings, folder, teacher, options):
             configure_deepspeed(accelerator, student, loader)
             module.to(memory_format=torch.contiguous_format)  # it flattens weights, and its broadcast fails on others
         module, optimizer = accelerator.prepare(module, optimizer)
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:  # it leaves no step out, and lays out weights anew
+            start_momentum(optimizer.optimizer)
         module.train()
         trainee = Trainee(student, accelerator, module, optimizer, None)
         if student.ema is not None:
