@@ -41,6 +41,7 @@ import difflib
 import functools
 import inspect
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -110,29 +111,34 @@ def dist(student_logits, teacher_logits, target=None, *, beta=1.0, gamma=1.0, te
     student, teacher = _prepare(student_logits, teacher_logits, temperature)
     p_student, p_teacher = (_scaled(z, temperature).softmax(dim=1) for z in (student, teacher))
     with torch.no_grad():
-        rows, gradient = _correlation(p_student, p_teacher, dim=1, weight=beta / student.shape[0])
-        columns, gradient = _correlation(p_student, p_teacher, dim=0, weight=gamma / student.shape[1], gradient=gradient)
+        buffers = p_student.new_empty(2, *p_student.shape)
+        centred = p_teacher - p_teacher.mean(1, keepdim=True)
+        rows, by_rows = _correlation(p_student, centred, 1, beta / student.shape[0], buffers)
+        centred = p_teacher.sub_(p_teacher.mean(0, keepdim=True))
+        columns, by_columns = _correlation(p_student, centred, 0, gamma / student.shape[1], buffers)
+        gradient = by_rows.add_(by_columns)
     return temperature**2 * (beta + gamma - _KnownGradient.apply(p_student, rows + columns, gradient))
 
 
-def _correlation(a, b, dim, weight, gradient=None, eps=1e-8):
-    """weight * the sum along `dim` of the Pearson correlations r of probabilities, and `gradient` plus its gradient by a.
+def _correlation(p, b, dim, weight, buffers, eps=1e-8):
+    """(sum, gradient by p) of weight * the Pearson correlations r along `dim` of probabilities p and of q, centred: b.
 
-    For centred a and b, r = <a, b> / n with n = |a| |b| + eps, so dr/da = b / n - (r |b| / (n |a|)) a: it is centred too.
-    r and the gradient are 0 where `a` does not vary. In such a row (a student with a zero classifier) the reference's
+    For a, which is p centred, r = <a, b> / n with n = |a| |b| + eps, so dr/dp = b / n - (r |b| / (n |a|)) a.
+    r and the gradient are 0 where p does not vary. In such a row (a student with a zero classifier) the reference's
     gradient is b / eps, 1e7 and inf in float16; what varies within rounding only has no direction to learn from.
+    Overwrites b, with the gradient, and `buffers` [2, *p.shape]: on a CPU, fresh memory costs as much as arithmetic in it.
     """
-    size, mean = a.shape[dim], a.mean(dim, keepdim=True)
-    a, b = a - mean, b - b.mean(dim, keepdim=True)
-    square_a, square_b, product = ((x * y).sum(dim, keepdim=True) for x, y in ((a, a), (b, b), (a, b)))
+    a, product = buffers
+    size, mean = p.shape[dim], p.mean(dim, keepdim=True)
+    torch.sub(p, mean, out=a)
+    square_a, square_b, dot = (torch.mul(x, y, out=product).sum(dim, keepdim=True) for x, y in ((a, a), (b, b), (a, b)))
     norm_a, norm_b = square_a.sqrt(), square_b.sqrt()
-    still = norm_a <= 4 * torch.finfo(a.dtype).eps * size**0.5 * mean  # the norm of what varies <= rounding of its mean's
+    still = norm_a <= 4 * torch.finfo(p.dtype).eps * size**0.5 * mean  # the norm of what varies <= rounding of its mean's
     n = norm_a * norm_b + eps
     of_b = (weight / n).masked_fill(still, 0.0)
-    r = product * of_b  # with its weight
+    r = dot * of_b  # with its weight
     of_a = (r * norm_b / (n * norm_a)).masked_fill(still, 0.0)
-    gradient = b.mul_(of_b) if gradient is None else gradient.addcmul_(b, of_b)
-    return r.sum(), gradient.addcmul_(a, of_a, value=-1)
+    return r.sum(), b.mul_(of_b).addcmul_(a, of_a, value=-1)
 
 
 def bkl(student_logits, teacher_logits, target=None, *, reduction="mean"):
@@ -287,10 +293,12 @@ class CRD(nn.Module):
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
         self.embed_student, self.embed_teacher = (nn.Linear(math.prod(shape), dim) for (shape,) in self.shapes)
 
-        generator = torch.Generator().manual_seed(0)  # every process starts from the same banks, whatever it drew before
-        for name in ("bank_student", "bank_teacher"):
+        def draw(seed):  # the same banks on every process, whatever it drew before
             bank, bound = torch.empty(len(labels), dim), (3 / dim) ** 0.5
-            self.register_buffer(name, bank.uniform_(-bound, bound, generator=generator))  # in place: no second bank
+            return bank.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))  # in place: no second bank
+
+        with ThreadPoolExecutor() as threads:  # a generator draws with one thread: 164 million numbers take ImageNet 0.7 s
+            self.bank_student, self.bank_teacher = map(nn.Buffer, threads.map(draw, range(2)))
         self.register_buffer("z", torch.zeros(2))
         # ids sorted by class: a class is one block, so a draw from the others is a draw from the rest that jumps over it
         self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
