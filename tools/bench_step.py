@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
@@ -101,7 +102,7 @@ def a_batch(settings, work, device):
     return images.to(device), torch.randint(settings.data.classes, (work.batch,), generator=generator).to(device)
 
 
-def ours(settings, work, device):
+def ours(settings, work, device, *, teacher_precision=None):
     """train.train itself, with nothing to evaluate or to save."""
     teacher = network(work.teacher, settings, work).to(device).eval().requires_grad_(False)
     teacher = teacher if work.teacher == "tiny" else models.freeze(teacher, work.size)
@@ -109,7 +110,8 @@ def ours(settings, work, device):
     train.restore = train.save = lambda run: None
     models.build = lambda name, **_: network(work.student, settings, work)
     plain = dataclasses.replace(settings.data, mixup=0.0, cutmix=0.0, random_erasing=0.0)  # as the others
-    settings = dataclasses.replace(settings, data=plain, epochs=1, log_every=10**9, save_every=10**9)
+    taught = dataclasses.replace(settings.teacher, precision=teacher_precision)
+    settings = dataclasses.replace(settings, data=plain, teacher=taught, epochs=1, log_every=10**9, save_every=10**9)
     run = train.make_run(settings, Path(tempfile.mkdtemp()), teacher, train.Options(None, None, None, False, False, 0))
 
     def advance(steps):
@@ -165,7 +167,10 @@ TIMM = {
     "timm's task, compiled": (theirs, dict(task=True, compiled=True, **LAST), {}),
 }
 OURS = {"ours": (ours, {}, {}), "ours, compiled": (ours, {}, COMPILED)}
-BF16 = {"ours, compiled, bf16": (ours, {}, COMPILED | {"ACCELERATE_MIXED_PRECISION": "bf16"})}  # not the same numbers
+BF16 = {  # not the same numbers
+    "ours, compiled, teacher in bf16": (ours, dict(teacher_precision="bf16"), COMPILED),
+    "ours, compiled, bf16": (ours, {}, COMPILED | {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+}
 GRAPHS = {"ours, CUDA graphs": (ours, {}, CUDA_GRAPHS)}
 WAYS = {
     "cifar": {"mdistiller's loop": (theirs, dict(reads=True), {}), **OURS, **BF16, **GRAPHS},
@@ -225,14 +230,43 @@ def compare(section, args):
         seconds = statistics.median(taken[way] for taken in rounds)
         ratio = statistics.median(taken[first] / taken[way] for taken in rounds)
         rows.append(dict(name=way, ms=1000 * seconds, images_per_second=WORK[section].batch / seconds, ratio=ratio))
-    print(f"{'':28}{'ms a step':>12}{'images/s':>12}{'ratio':>8}")
+    print(f"{'':32}{'ms a step':>12}{'images/s':>12}{'ratio':>8}")
     for row in rows:
-        print(f"{row['name']:28}{row['ms']:12.3f}{row['images_per_second']:12.1f}{row['ratio']:8.2f}")
+        print(f"{row['name']:32}{row['ms']:12.3f}{row['images_per_second']:12.1f}{row['ratio']:8.2f}")
     result = {"work": dataclasses.asdict(WORK[section]), "rows": rows}
     if section == "overhead":
         result["overhead_us"] = 1e6 * statistics.median(t["ours"] - t["a plain loop"] for t in rounds)
         print(f"our loop adds {result['overhead_us']:.0f} us a step")
+    else:
+        settings = recipe.load(ROOT / "recipes" / f"{WORK[section].recipe}.json")
+        torch.set_num_threads(args.threads)
+        result["floor_ms"] = 1000 * floor(WORK[section], settings, args.device)
+        result["floor_ratio"] = rows[0]["ms"] / result["floor_ms"]
+        precision = "bfloat16" if WORK[section].bf16 else "float32"
+        print(f"{f'its products alone, {precision}':32}{result['floor_ms']:12.3f}{'':12}{result['floor_ratio']:8.2f}")
     return result
+
+
+def floor(work, settings, device):
+    """Seconds of the step's convolutions and matrix products alone, at the rate of a large matrix product."""
+    student, teacher = (network(name, settings, work).to(device) for name in (work.student, work.teacher))
+    images, dtype = (
+        torch.rand(work.batch, 3, work.size, work.size, device=device),
+        torch.bfloat16 if work.bf16 else torch.float32,
+    )
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            teacher.eval()(images)
+        student(images).sum().backward()
+    size, seconds = 2048 if device == "cpu" else 8192, []
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(9):
+        start = time.process_time() if device == "cpu" else time.perf_counter()
+        a @ b
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append((time.process_time() if device == "cpu" else time.perf_counter()) - start)
+    return counter.get_total_flops() / (2 * size**3 / statistics.median(seconds))
 
 
 def startup(args):
