@@ -281,6 +281,19 @@ def test_the_figure_has_gaps_of_equal_seeds(tmp_path, monkeypatch, capsys):
     said = [node.text for node in svg.findall(".//{*}text")]
     assert "dkd, weak, 24 ep." in said and "2.17" in said and "10 %" in said
     assert "weak 24 of 240 epochs fraction 0.1: dkd - kd = +1.50 ± 0.71, seeds 2" in capsys.readouterr().out
+    equal_steps = ("epochs=48", "schedule.milestones=[30,36,42]", "data.fraction=0.5")
+    (tmp_path / "half.json").write_text(json.dumps(study_run("weak", 0.5, 0, (50, 60, 61, 62), *equal_steps)))
+    scale.main([str(tmp_path), "--out", str(tmp_path / "f.svg"), "--along", "steps"])
+    rows = [
+        p
+        for p in json.loads((tmp_path / "f.json").read_text())["points"]
+        if (p["augmentation"], p["method"]) == ("weak", "dkd")
+    ]
+    assert [(p["epochs"].removeprefix("steps of "), p["fraction"], p["mean"]) for p in rows] == [
+        ("2 of 240 epochs", 0.1, 1.5),
+        ("24 of 240 epochs", 0.5, 1),
+        ("24 of 240 epochs", 1.0, 1.5),
+    ]
     with pytest.raises(SystemExit):
         scale.main([str(tmp_path / "no"), "--out", str(tmp_path / "g.svg")])
     assert "no finished run of recipes/study_fraction_weak.json" in capsys.readouterr().err

@@ -16,7 +16,6 @@ import multiprocessing
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses
 import models
 import recipe
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -394,10 +394,9 @@ def main():
 
     every = args.section == "losses"
     result = measure_pairs(args.device, args.rounds) if every else measure(args.section, args.device, args.rounds)
+    result |= {"threads": args.threads, "tool": shlex.join(sys.argv), **train.environment(train.make_accelerator())}
+    del result["command"]
     machine = f"{args.device}, {args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    result |= {"command": shlex.join(sys.argv), "commit": commit, "machine": machine, "torch": torch.__version__}
     print(f"{result['title']}; {machine}, torch {torch.__version__}, median of {args.rounds} rounds")
     (show_pairs if every else show)(result)
     if args.json:

@@ -1,11 +1,13 @@
 """The data-scale figure: how far vanilla KD is behind DKD and DIST, over the share of CIFAR-100 that is trained on.
 
     python tools/scale.py                            # results/*.json -> results/scale.svg and results/scale.json
-    python tools/scale.py runs --out scale.svg
+    python tools/scale.py runs --out scale.svg --along steps
 
 Every run of recipes/study_fraction_weak.json and study_fraction_strong.json counts, at any data.fraction. A gap is the
 method's last-epoch top-1 minus kd's of the same seed: their mean, and the sample standard deviation as error bars. Runs of
-other epochs are lines of their own. Beside them stand the bars of the paper's Figure 1 (results/paper.json).
+other epochs are lines of their own, as the paper compares subsets; with `--along steps`, runs of another number of steps are:
+`data.fraction=0.25 epochs=960` is then in line with 240 epochs of all images. Beside them stand the bars of the paper's
+Figure 1 (results/paper.json).
 """
 
 import argparse
@@ -34,7 +36,7 @@ FIGURE_1 = {
 }
 
 
-def points(found):
+def points(found, along="epochs"):
     """[{"augmentation", "epochs", "fraction", "method", "mean", "spread", "gaps": {seed: gap}, "teacher"}], in order."""
     top1, teachers = collections.defaultdict(dict), collections.defaultdict(set)
     for augmentation in ("weak", "strong"):
@@ -47,10 +49,15 @@ def points(found):
                     continue
                 method = student["soft"]["loss"]
                 like = wanted[method] | {"data": wanted[method]["data"] | {"fraction": fraction}}
-                reduced = paper.reduction(paper.experiment(record["recipe"], student), like)
+                own = paper.experiment(record["recipe"], student)
+                reduced = paper.reduction(own if along == "epochs" else of_all_images(own, fraction), like)
                 if reduced is None:
                     continue
-                key = augmentation, reduced or f"{file['epochs']} epochs", fraction
+                key = (
+                    augmentation,
+                    ("steps of " if along == "steps" else "") + (reduced or f"{file['epochs']} epochs"),
+                    fraction,
+                )
                 top1[(*key, method)].setdefault(record["seed"], result["last"]["top1"])
                 teachers[(*key, method)].add(record["teacher"]["top1"])
     rows = []
@@ -66,6 +73,14 @@ def points(found):
         )
         rows.append(row | {"spread": spread, "gaps": gaps, "teacher": sorted(teachers[key])})
     return rows
+
+
+def of_all_images(experiment, fraction):
+    """The experiment on a share of the images with the epochs, and milestones, in which all images make as many steps."""
+    schedule = dict(experiment["schedule"])
+    if "milestones" in schedule:
+        schedule["milestones"] = [round(m * fraction) for m in schedule["milestones"]]
+    return experiment | {"epochs": round(experiment["epochs"] * fraction), "schedule": schedule}
 
 
 def figure_1():
@@ -102,7 +117,7 @@ def draw(rows, bars):
     for i, ((augmentation, epochs, method), own) in enumerate(sorted(lines.items())):
         nudged = [(x(r["fraction"]) + 3 * (i % 4) - 4.5, y(r["mean"]), r) for r in own]  # error bars beside each other
         parts.append(line(nudged, METHODS[method], augmentation == "weak", y))
-        said = f"{method}, {augmentation}" + (f", {epochs.split()[0]} ep." if several else "")
+        said = f"{method}, {augmentation}" + (f", {epochs.removeprefix('steps of ').split()[0]} ep." if several else "")
         names.append((nudged[-1][1], said, METHODS[method]))
     at = -math.inf
     for height, said, colour in sorted(names):
@@ -169,8 +184,9 @@ def main(arguments=None):
     parser.add_argument(
         "--out", type=Path, default=ROOT / "results" / "scale.svg", metavar="SVG", help="the points go beside it, as JSON"
     )
+    parser.add_argument("--along", choices=["epochs", "steps"], default="epochs", help="what the runs of a line have in common")
     args = parser.parse_args(arguments)
-    rows = points(list(paper.records(args.results)))
+    rows = points(list(paper.records(args.results)), args.along)
     if not rows:
         parser.error(
             f"{args.results}: no finished run of recipes/study_fraction_weak.json or study_fraction_strong.json with kd in it"
