@@ -7,15 +7,16 @@
 A model is a folder of an exported student, a run's folder with one student, a timm tag ("resnet50.a1_in1k": pretrained
 weights), a timm name (random weights: what the architecture alone gives) or NAME=FILE, a checkpoint of a timm model.
 
-Nguyen et al. 2021, "Do wide and deep networks learn the same things?", equations 2 to 4: over minibatches, the mean of the
-unbiased HSIC of Song et al. 2012. A layer is the output of a module, in order of execution, one for each tensor: blocks
-count, a container that hands on its last child's output, identities and dropout do not, nor do outputs that do not have the
-batch first (Swin's windows). The paper says "layer indexes" only; torch_cka, with which such maps are drawn, takes every
-module, so that a stage counts three times.
+Nguyen et al. 2021, "Do wide and deep networks learn the same things?", equations 2 to 4: the unbiased HSIC of Song et al.
+2012, summed over minibatches. A layer is the output of a module, in order of execution, one for each tensor: a residual
+block counts; a container that hands on its last child's output, identities, dropout and flattening do not, nor does what
+has not the batch first (Swin's windows). The paper says "layer indexes" only; torch_cka, with which such maps are drawn,
+takes every module, so that the end of a stage counts three times.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import shlex
@@ -41,6 +42,7 @@ import train
 
 SEED = 0  # of the images drawn from the test split, and of random weights
 WANTED = "an exported student, a run's folder, a timm name or tag, or NAME=FILE"
+HANDS_ON = (nn.Identity, nn.Dropout, nn.Flatten)
 CONSTANT = 1e-6  # a layer that varies by less than this share of its size over images is rounding
 
 
@@ -62,48 +64,35 @@ def centered_gram(features):
     return gram.fill_diagonal_(0)
 
 
-class Layers:
-    """The centred Gram matrices of a network's layers, taken where they arise: no feature map outlives its layer.
+@torch.no_grad()
+def layers(network, images):
+    """(names of the layers in order of execution, centred Gram matrices [layers, B, B], sizes [layers]) of images [B, ...].
 
-    with Layers(network) as layers:
-        names, grams, sizes = layers(images)
-
-    names: of the modules, in order of execution, with a number where one runs again; grams [layers, B, B]; sizes [layers]:
-    mean squared norm of an image's features. The hooks are gone afterwards.
+    A Gram matrix is taken where its layer runs, so that no feature map outlives its use and none is seen after a ReLU in
+    place. A module that runs again has a number; sizes are mean squared norms of an image's features.
     """
+    seen, last = [], (None, None)
 
-    def __init__(self, network):
-        self.network, self.hooks = network, []
-
-    def __enter__(self):
-        for name, module in self.network.named_modules():
-            if name and not isinstance(module, (nn.Identity, nn.Dropout)):
-                hook = lambda _, inputs, output, name=name: self.see(name, output)  # noqa: E731
-                self.hooks.append(module.register_forward_hook(hook))
-        return self
-
-    def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
-
-    def see(self, name, output):
-        if not isinstance(output, torch.Tensor) or output.dim() < 2 or len(output) != self.batch:
+    def see(name, module, inputs, output):
+        nonlocal last
+        if not isinstance(output, torch.Tensor) or output.dim() < 2 or len(output) != len(images):
             return
-        if output is self.last[0] and output._version == self.last[1]:  # in place, ReLU is a layer with the same tensor
+        if output is last[0] and output._version == last[1]:  # an activation in place is a layer with the tensor of the last
             return
-        self.last = output, output._version
+        last = output, output._version
         size = output.flatten(1).float().norm(dim=1).double().square().mean()
-        self.seen.append((name, centered_gram(output), size))
+        seen.append((name, centered_gram(output), size))
 
-    @torch.no_grad()
-    def __call__(self, images):
-        self.batch, self.last, self.seen = len(images), (None, None), []
-        self.network(images)
-        names, grams, sizes = zip(*self.seen, strict=True)
-        self.last, self.seen = (None, None), []
-        times = {name: names.count(name) for name in names}
-        numbered = [f"{name} ({names[:i].count(name) + 1})" if times[name] > 1 else name for i, name in enumerate(names)]
-        return [name.removeprefix("model.") for name in numbered], torch.stack(grams), torch.stack(sizes)
+    named = [(name, module) for name, module in network.named_modules() if name and not isinstance(module, HANDS_ON)]
+    hooks = [module.register_forward_hook(functools.partial(see, name)) for name, module in named]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names, grams, sizes = zip(*seen, strict=True)
+    numbered = [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return [name.removeprefix("model.") for name in numbered], torch.stack(grams), torch.stack(sizes)
 
 
 def cka(network_a, network_b, batches):
@@ -113,20 +102,20 @@ def cka(network_a, network_b, batches):
     image. ModelError for features that are not finite and for a batch of fewer than 4 images.
     """
     modes = network_a.training, network_b.training
+    network_a.eval(), network_b.eval()
     cross = own_a = own_b = size_a = size_b = 0
-    with Layers(network_a.eval()) as layers_a, Layers(network_b.eval()) as layers_b:
-        for images in batches:
-            if len(images) < 4:
-                raise models.ModelError(f"a batch of {len(images)} images: the unbiased HSIC needs 4 or more")
-            (names_a, a, norms_a), (names_b, b, norms_b) = layers_a(images), layers_b(images)
-            pairs = len(images) * (len(images) - 3)
-            cross = cross + a.flatten(1) @ b.flatten(1).T / pairs
-            own_a, own_b = own_a + a.square().sum((1, 2)) / pairs, own_b + b.square().sum((1, 2)) / pairs
-            size_a, size_b = size_a + norms_a**2, size_b + norms_b**2
+    for images in batches:
+        if len(images) < 4:
+            raise models.ModelError(f"a batch of {len(images)} images: the unbiased HSIC needs 4 or more")
+        (names_a, a, norms_a), (names_b, b, norms_b) = layers(network_a, images), layers(network_b, images)
+        pairs = len(images) * (len(images) - 3)
+        cross = cross + a.flatten(1) @ b.flatten(1).T / pairs
+        own_a, own_b = own_a + a.square().sum((1, 2)) / pairs, own_b + b.square().sum((1, 2)) / pairs
+        size_a, size_b = size_a + norms_a**2, size_b + norms_b**2
     network_a.train(modes[0])
     network_b.train(modes[1])
     for names, own in ((names_a, own_a), (names_b, own_b)):
-        if broken := [name for name, value in zip(names, own.tolist(), strict=True) if value != value or value == float("inf")]:
+        if broken := [name for name, value in zip(names, own.tolist(), strict=True) if not math.isfinite(value)]:
             raise models.ModelError(f"features that are not finite at {', '.join(broken[:5])}: the network has diverged")
     own_a, own_b = own_a.where(own_a > CONSTANT**4 * size_a, torch.nan), own_b.where(own_b > CONSTANT**4 * size_b, torch.nan)
     return names_a, names_b, cross / (own_a.sqrt()[:, None] * own_b.sqrt())
@@ -143,7 +132,9 @@ def load(model, section):
             raise models.ModelError(f"{model}: several students: name one of {', '.join(map(str, students))}")
         network, config = models.load_exported(students[0])
         network.size = own if (own := config["input_size"][-1]) != section.size else None
-        return network, str(students[0])
+        place = students[0].resolve()
+        run = place.parent.parent.name if place.parent.name == "students" else place.parent.name
+        return network, f"{config['architecture']} ({run}/{place.name})"
     name, _, file = model.partition("=")
     if not timm.is_model(name):
         raise models.ModelError(f"{model}: expected {WANTED}")

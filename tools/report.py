@@ -354,9 +354,8 @@ def magma(share):
 
 
 def shortened(name, n):
-    """The end of a long name: the end of a path tells more than its beginning."""
     name = str(name)
-    return name if len(name) <= n else "…" + name[1 - n :]
+    return name if len(name) <= n else name[: n - 1] + "…"
 
 
 # ---------------------------------------------------------------- the page's parts
