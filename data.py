@@ -16,6 +16,7 @@ nothing: a score over fewer images would be another score.
 import dataclasses
 import difflib
 import functools
+import hashlib
 import io
 import itertools
 import random
@@ -41,6 +42,7 @@ from torchvision import transforms
 
 DIGITS_TRAIN = 898  # of scikit-learn's 1,797 digits
 DIGITS_SHARDS = 8  # where they are streamed
+FRACTION_SEED = 0  # of the cut to data.fraction: not the run's, whose spread would then be that of other images, too
 MAX_PIXELS = 89_478_485  # PIL warns of a decompression bomb above this, and refuses twice of it; here both are refused
 
 
@@ -203,6 +205,25 @@ def _rows_of_tar(file):
         return len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
 
 
+def _cut(split, data):
+    """The split with data.fraction of its rows."""
+    labels = split.rows.with_format("numpy", columns=[data.label])[:][data.label]
+    return dataclasses.replace(split, rows=split.rows.select(share_of_each_class(labels, data.fraction)))
+
+
+def share_of_each_class(labels, fraction):
+    """Row numbers, ascending, of a share of each class of labels [n]: the rounded count, but at least one of a class.
+
+    Drawn with one seed for all runs, so that seeds, recipes and machines compare on the same images; a smaller share lies
+    inside a larger one. It depends on the order of the rows, which is the source's.
+    """
+    drawn = np.random.default_rng(FRACTION_SEED).random(len(labels))  # the lowest of a class are in, whatever the fraction
+    by_class = np.lexsort((drawn, labels))
+    _, start, count = np.unique(np.asarray(labels)[by_class], return_index=True, return_counts=True)
+    place = np.arange(len(labels)) - np.repeat(start, count)
+    return np.sort(by_class[place < np.repeat(np.maximum(1, np.rint(fraction * count)), count)])
+
+
 def _are_images(files):
     return bool(files) and Path(files[0]).suffix.lower() in Image.registered_extensions()
 
@@ -253,12 +274,23 @@ def describe(source):
 # ---------------------------------------------------------------- one image
 
 
-def seed_all(*key):
-    """Seed torch, numpy and random from integers: timm draws from all three. The key is all the state there is."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+def seed_of(*key):
+    """One seed of several integers: all the state that randomness has here."""
+    return int.from_bytes(hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=4).digest(), "little")
+
+
+def seed_torch(seed, device=None):
+    """The generators of the CPU and of `device`. torch.manual_seed also asks for devices that are not there, for 0.6 ms."""
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def seed_all(seed, device=None):
+    """Seed random, numpy and torch: timm draws from all three."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_torch(seed, device)
 
 
 def decode(image):
@@ -383,11 +415,16 @@ class TrainLoader:
     A step is one optimizer step of `batch_size` images over all processes: `accumulate` batches here, of
     `batch_size_per_process` images each. Without drop_last an epoch's last step is smaller, the same share on each process.
 
+    With data.fraction below 1 the split, its size, labels and ids (row numbers) are those of the cut; data.train_size is not.
+
     `broken`: what was skipped, {image id: "image 17 (name): reason"}, of the batches that `batches` has given out so far. A
     trainer that resumes sets it to what it was (ids are int), so that the cap holds for the whole run.
+
+    With data.resident batches are made on `device` and have a fourth part, int64 [2, B] on the host: the ids of the images
+    and the numbers of their views, see Resident. All broken images are known, and counted, before the first batch.
     """
 
-    def __init__(self, data, *, seed, batch_size, batch_size_per_process, rank=0, world=1, workers=0, pin=False):
+    def __init__(self, data, *, seed, batch_size, batch_size_per_process, rank=0, world=1, workers=0, pin=False, device="cpu"):
         if batch_size % (batch_size_per_process * world):
             raise DataError(
                 f"batch_size {batch_size} is not a multiple of {world} processes x batch_size_per_process "
@@ -406,11 +443,18 @@ class TrainLoader:
                 f"{data.source}, {data.train_split}: {self.size} images found, the recipe's data.train_size is "
                 f"{data.train_size}: if these are the right images, --set data.train_size={self.size}"
             )
+        if data.fraction < 1:
+            self.split = _cut(self.split, data)
+            self.size = len(self.split.rows)
         self.steps_per_epoch = self.size // batch_size
         if not data.drop_last and self.size % batch_size >= self.accumulate * world:
             self.steps_per_epoch += 1
         if not self.steps_per_epoch:
             raise DataError(f"{data.source}, {data.train_split}: {self.size} images do not fill one step of {batch_size}")
+        self.resident = None
+        if data.resident:
+            self.resident = resident(data, data.train_split, torch.device(device), cut=data.fraction < 1)
+            self._count(self.resident.broken)
 
     def _check_stream(self):
         """The lengths of a stream's shards, where they are known."""
@@ -437,6 +481,8 @@ class TrainLoader:
 
         Raises DataError for more broken images than data.max_broken allows, and for a worker process that died.
         """
+        if self.resident:
+            return _resident_batches(self, _Order(self, start, stop))
         common = dict(batch_size=None, num_workers=self.workers, pin_memory=self.pin)  # None: they come as batches
         if self.data.streaming:
             return self._watched(iter(DataLoader(_Stream(self, start, stop), **common)))
@@ -540,7 +586,7 @@ class _Crops:
         return (*default_collate(samples), broken)
 
     def _crop(self, image, label, index, epoch, repeat):
-        seed_all(self.seed, epoch, index, repeat)
+        seed_all(seed_of(self.seed, epoch, index, repeat))
         return _transformed(image, index, self.transform), label, index
 
 
@@ -659,6 +705,108 @@ def _shuffled(rows, size, chance):
     yield from buffer
 
 
+# ---------------------------------------------------------------- a set that is resident
+
+
+class Resident:
+    """A split's images, padded, as one tensor on a device: uint8 [N, 3, size + 2 padding, size + 2 padding].
+
+    A crop of an image is one of its `views`: view = 2 * (y * (2 padding + 1) + x) + flipped, for a crop at (y, x) of the
+    padded image. Decoded once; a broken image stays black, is in `broken` by its id, and no batch shows it.
+    """
+
+    def __init__(self, split, data, device):
+        p, self.size, self.device = data.crop.padding, data.size, device
+        self.views, self.broken = 2 * (2 * p + 1) ** 2, {}
+        n, side = len(split.rows), data.size + 2 * p
+        try:
+            images, labels = torch.zeros(n, 3, side, side, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)
+            for i, (image, labels[i]) in enumerate(self._decoded(split, data)):
+                if image is not None:
+                    images[i, :, p : p + data.size, p : p + data.size] = torch.from_numpy(image)
+            self.images, self.labels = images.to(device), labels.to(device)
+        except RuntimeError as error:  # on a GPU and on a CPU
+            told = f"{data.source}: its {n:,} images do not fit into the memory of {device}"
+            raise DataError(f"{told} ({3 * n * side**2 / 1e9:.2f} GB): set data.resident to false") from error
+        self.whole = 2 * p * (2 * p + 2)  # the view without shift and flip
+
+    def _decoded(self, split, data):
+        """(uint8 [3, size, size] or None, class id) of every row. PIL decodes outside of Python's lock: threads do."""
+
+        def decoded(index, row):
+            try:
+                image, label = _decoded(row, index, data, split.ids)
+            except BrokenImage as error:
+                return None, str(error)
+            if image.size != (data.size, data.size):
+                raise DataError(
+                    f"{data.source}: image {index}: {image.width}x{image.height} pixels; data.resident needs "
+                    f"{data.size}x{data.size}: set data.resident to false, and data.crop to 'resized' for other sizes"
+                )
+            return np.array(image).transpose(2, 0, 1), label
+
+        rows = (dict(zip(c, v, strict=True)) for c in split.rows.iter(1000) for v in zip(*c.values(), strict=True))
+        with ThreadPoolExecutor() as pool:
+            for i, (image, label) in enumerate(pool.map(decoded, itertools.count(), rows)):
+                if image is None:
+                    self.broken[i] = label
+                yield image, 0 if image is None else label
+
+    def crops(self, index, view):
+        """uint8 [B, 3, size, size]: view int64 [B] of images index int64 [B], both on the device."""
+        shifts = self.images.unfold(2, self.size, 1).unfold(3, self.size, 1).permute(0, 2, 3, 1, 4, 5)  # a view of memory
+        shift = view // 2
+        images = shifts[index, shift // shifts.shape[2], shift % shifts.shape[2]]
+        return torch.where((view % 2 == 1).view(-1, 1, 1, 1), images.flip(3), images)
+
+    def digest(self):
+        """sha256 of the pixels."""
+        return hashlib.sha256(self.images.cpu().numpy()).hexdigest()
+
+
+@functools.lru_cache(maxsize=2)  # training and test: every run of a recipe, and its teacher's evaluation, share them
+def resident(data, name, device, *, cut=False):
+    """The `Resident` of a split by name, `cut` to data.fraction of it."""
+    split = open_split(data, name)
+    return Resident(_cut(split, data) if cut else split, data, device)
+
+
+def _resident_batches(loader, order):
+    """(images, labels, index) on the device and int64 [2, B] on the host, (image id, view): see TrainLoader."""
+    own, data = loader.resident, loader.data
+
+    @functools.lru_cache(maxsize=data.repeats + 1)
+    def views(epoch, repeat):
+        # not [seed, epoch, repeat]: numpy ignores zeros at the end, and [seed, epoch] draws the order
+        chance = np.random.default_rng([loader.seed, epoch, 1 + repeat])
+        return 2 * chance.integers(own.views // 2, size=loader.size) + (chance.random(loader.size) < data.hflip)
+
+    for keys in order:
+        epoch, repeats, index = np.array(keys).T
+        if own.broken:
+            repeats, index = _without_broken(own.broken, repeats, index, data)
+        view = np.empty_like(index)
+        for repeat in set(repeats.tolist()):
+            view[repeats == repeat] = views(epoch[0], repeat)[index[repeats == repeat]]
+        crops = torch.from_numpy(np.stack([index, view]))
+        index, view = crops.to(own.device, non_blocking=True)
+        yield own.crops(index, view), own.labels[index], index, crops
+
+
+def _without_broken(broken, repeats, index, data):
+    """Broken images' places go to the next good image of the batch, as _Crops.batch does."""
+    good = [i for i, image in enumerate(index.tolist()) if image not in broken]
+    if not good:
+        reasons = _first([broken[image] for image in index.tolist()])
+        raise DataError(f"{data.source}: none of the {len(index)} images of a batch can be decoded\n{reasons}")
+    source = [min(good, key=lambda g, i=i: (g - i) % len(index)) for i in range(len(index))]
+    places = np.arange(len(index))
+    return np.where(source == places, repeats, data.repeats + places), index[source]
+
+
+# ---------------------------------------------------------------- mixing
+
+
 def mixer(data):
     """(images [B,3,H,W] float in [0, 1], labels [B]) -> (images, target): random erasing, mixup, cutmix. None for neither.
 
@@ -689,12 +837,18 @@ def _erase(images, probability):
 # ---------------------------------------------------------------- evaluation
 
 
-def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numbered=False):
+def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numbered=False, device="cpu"):
     """Every image of the test split once over all processes (shares may differ in size), in a fixed order.
 
     `numbered`: the index of an image is the number in its file name, ILSVRC2012_val_00000001.JPEG, by which ImageNet-ReaL
     knows it; DataError for other names.
     """
+    if data.resident and data.crop_pct == 1 and not numbered:
+        own = resident(data, data.test_split, torch.device(device))
+        if own.broken:
+            raise DataError(next(iter(own.broken.values())))
+        shares = torch.arange(rank, len(own.labels), world, device=device).split(batch_size)
+        return [(own.crops(i, torch.full_like(i, own.whole)), own.labels[i], i) for i in shares if len(i)]
     split = open_split(data, data.test_split)
     images = _TestImages(split, data, test_transform(data), rank, world, numbered)
     if isinstance(split.rows, datasets.IterableDataset):

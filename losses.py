@@ -54,11 +54,16 @@ def kd(student_logits, teacher_logits, target=None, *, temperature=1.0):
     """Vanilla knowledge distillation (Hinton et al. 2015; paper eq. 1, second term).
 
     T^2 * mean_B sum_K p_t (log p_t - log p_s), with p = softmax(z / T).
+    With log p = z / T - lse, lse = log sum_K exp(z / T), the sum is sum_K p_t (z_t - z_s) / T + lse_s - lse_t; as
+    T dlse/dz = p, T times it has the gradient p_s - p_t by z_s.
     Reference: vanillaKD losses/kd.py, `kl_div(reduction="batchmean")` times T^2.
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature)
-    log_p_student, log_p_teacher = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
-    return temperature**2 * F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
+    with torch.no_grad():
+        (p_student, lse_student), (p_teacher, lse_teacher) = (_softmax(z, temperature) for z in (student, teacher))
+        kl = (teacher - student).mul_(p_teacher).sum() + temperature * (lse_student - lse_teacher).sum()
+        gradient = p_student.sub_(p_teacher)
+    return temperature / len(student) * _KnownGradient.apply(student, kl, gradient)
 
 
 def dkd(student_logits, teacher_logits, target, *, alpha=1.0, beta=2.0, temperature=1.0):
@@ -66,30 +71,31 @@ def dkd(student_logits, teacher_logits, target, *, alpha=1.0, beta=2.0, temperat
 
     T^2 * mean_B [alpha * KL(b_t || b_s) + beta * KL(q_t || q_s)], where b = [p_y, 1 - p_y] and q is the softmax over the
     classes other than the target y. Soft targets `[B, K]` are reduced to their argmax, as vanillaKD does.
+    With the margin m = z_y / T - lse over the others, p_y is sigmoid(m), so that KL(b_t || b_s) has the gradient
+    d = p_y,s - p_y,t by m_s, and T dm/dz is 1 at y and -q elsewhere. KL(q_t || q_s) is `kd` of the others. T times the
+    bracket has the gradient alpha * d at y and beta * (q_s - q_t) - alpha * d * q_s elsewhere.
     alpha=1, beta=1-p_t(y) per sample gives `kd`. Reference: mdistiller DKD.py, vanillaKD losses/dkd.py.
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature)
     _check_target(target, student)
     if student.shape[1] < 2:
         raise ValueError(f"dkd needs at least 2 classes, got logits of shape {tuple(student.shape)}")
-    ids = target if target.ndim == 1 else target.argmax(dim=1)
-    is_target = torch.zeros_like(student, dtype=torch.bool).scatter_(1, ids[:, None], True)  # [B, K]
-
-    # The references take log(softmax(...)[others].sum()): inf as soon as the sum underflows, which a logit margin of 104
-    # does in float32. Log-probabilities that never leave log space are finite at any margin.
-    (log_b_student, log_q_student), (log_b_teacher, log_q_teacher) = (_decouple(z, ids, is_target) for z in (student, teacher))
-    target_kl = F.kl_div(log_b_student, log_b_teacher, reduction="batchmean", log_target=True)
-    # q_t is zero at the target, but 0 * (-inf - -inf) is nan: the entries leave before the product.
-    q_teacher = log_q_teacher.exp()
-    non_target_kl = (q_teacher * (log_q_teacher - log_q_student).masked_fill(is_target, 0.0)).sum(dim=1).mean()
-    return temperature**2 * (alpha * target_kl + beta * non_target_kl)
-
-
-def _decouple(z, ids, is_target):
-    """z [B, K] -> log of [p(target), p(any other)] [B, 2], and the log-softmax over the others [B, K] (-inf at the target)."""
-    others = z.masked_fill(is_target, -torch.inf)  # a true mask: the references' `1000 * mask` fails at margins over 1000
-    log_sum_others = others.logsumexp(dim=1, keepdim=True)  # [B, 1]
-    return F.log_softmax(torch.cat([z.gather(1, ids[:, None]), log_sum_others], dim=1), dim=1), others - log_sum_others
+    ids = (target if target.ndim == 1 else target.argmax(dim=1))[:, None]
+    with torch.no_grad():
+        # a true -inf: the references' `1000 * mask` fails at margins over 1000
+        others = (_softmax(z.scatter(1, ids, -torch.inf), temperature) for z in (student, teacher))
+        (q_student, lse_student), (q_teacher, lse_teacher) = others  # q is 0 at y
+        non_target_kl = (teacher - student).mul_(q_teacher).sum() + temperature * (lse_student - lse_teacher).sum()
+        # The references take log(softmax(...)[others].sum()): inf as soon as the sum underflows, which a logit margin of 104
+        # does in float32. The margin itself has no such limit.
+        m_student = student.gather(1, ids) / temperature - lse_student
+        m_teacher = teacher.gather(1, ids) / temperature - lse_teacher
+        p_teacher = m_teacher.sigmoid()
+        cross, entropy = (F.binary_cross_entropy_with_logits(m, p_teacher, reduction="sum") for m in (m_student, m_teacher))
+        kl = alpha * temperature * (cross - entropy) + beta * non_target_kl
+        of_target = alpha * (m_student.sigmoid() - p_teacher)
+        gradient = q_student.mul_(beta - of_target).sub_(q_teacher, alpha=beta).scatter_(1, ids, of_target)
+    return temperature / len(student) * _KnownGradient.apply(student, kl, gradient)
 
 
 def dist(student_logits, teacher_logits, target=None, *, beta=1.0, gamma=1.0, temperature=1.0):
@@ -100,22 +106,31 @@ def dist(student_logits, teacher_logits, target=None, *, beta=1.0, gamma=1.0, te
     is the constant gamma * T^2. Reference: DIST_KD, vanillaKD losses/dist.py (eps is added to the product of the norms).
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature)
-    p_student, p_teacher = student.softmax(dim=1), teacher.softmax(dim=1)
-    inter = 1 - _correlation(p_student, p_teacher, dim=1).mean()
-    intra = 1 - _correlation(p_student, p_teacher, dim=0).mean()
-    return temperature**2 * (beta * inter + gamma * intra)
+    p_student, p_teacher = (_scaled(z, temperature).softmax(dim=1) for z in (student, teacher))
+    with torch.no_grad():
+        rows, gradient = _correlation(p_student, p_teacher, dim=1, weight=beta / student.shape[0])
+        columns, gradient = _correlation(p_student, p_teacher, dim=0, weight=gamma / student.shape[1], gradient=gradient)
+    return temperature**2 * (beta + gamma - _KnownGradient.apply(p_student, rows + columns, gradient))
 
 
-def _correlation(a, b, dim, eps=1e-8):
-    """Pearson correlation along `dim`, eps added to the product of the norms; 0 where `a` does not vary.
+def _correlation(a, b, dim, weight, gradient=None, eps=1e-8):
+    """weight * the sum along `dim` of the Pearson correlations r of probabilities, and `gradient` plus its gradient by a.
 
-    In such a row (a student with a zero classifier) the reference's gradient is b / eps, 1e7 and inf in float16; what
-    varies within rounding only has no direction to learn from, and gets no gradient here.
+    For centred a and b, r = <a, b> / n with n = |a| |b| + eps, so dr/da = b / n - (r |b| / (n |a|)) a: it is centred too.
+    r and the gradient are 0 where `a` does not vary. In such a row (a student with a zero classifier) the reference's
+    gradient is b / eps, 1e7 and inf in float16; what varies within rounding only has no direction to learn from.
     """
-    rounding = 4 * torch.finfo(a.dtype).eps * a.norm(dim=dim)
-    a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
-    norm = a.norm(dim=dim)
-    return ((a * b).sum(dim) / (norm * b.norm(dim=dim) + eps)).masked_fill(norm <= rounding, 0.0)
+    size, mean = a.shape[dim], a.mean(dim, keepdim=True)
+    a, b = a - mean, b - b.mean(dim, keepdim=True)
+    square_a, square_b, product = ((x * y).sum(dim, keepdim=True) for x, y in ((a, a), (b, b), (a, b)))
+    norm_a, norm_b = square_a.sqrt(), square_b.sqrt()
+    still = norm_a <= 4 * torch.finfo(a.dtype).eps * size**0.5 * mean  # the norm of what varies <= rounding of its mean's
+    n = norm_a * norm_b + eps
+    of_b = (weight / n).masked_fill(still, 0.0)
+    r = product * of_b  # with its weight
+    of_a = (r * norm_b / (n * norm_a)).masked_fill(still, 0.0)
+    gradient = b.mul_(of_b) if gradient is None else gradient.addcmul_(b, of_b)
+    return r.sum(), gradient.addcmul_(a, of_a, value=-1)
 
 
 def bkl(student_logits, teacher_logits, target=None, *, reduction="mean"):
@@ -130,12 +145,15 @@ def bkl(student_logits, teacher_logits, target=None, *, reduction="mean"):
         raise ValueError(f"bkl: reduction must be 'mean' or 'sum', got {reduction!r}")
     student, teacher = _prepare(student_logits, teacher_logits, 1.0)
     p_teacher = teacher.softmax(dim=1)
-    cross = F.binary_cross_entropy_with_logits(student, p_teacher, reduction="none")
+    cross = F.binary_cross_entropy_with_logits(student, p_teacher, reduction=reduction)
     if reduction == "mean":
-        return cross.mean()
-    # xlogy(0, 0) = 0, where log(1 - p) alone would be -inf for a saturated teacher
-    entropy = -torch.xlogy(p_teacher, p_teacher) - torch.xlogy(1 - p_teacher, 1 - p_teacher)
-    return (cross - entropy).sum(dim=1).mean()
+        return cross
+    return (cross + _x_log_x(p_teacher).sum() + _x_log_x(1 - p_teacher).sum()) / len(student)
+
+
+def _x_log_x(x):
+    """x log x, 0 at 0 (where a saturated teacher's probabilities are); `torch.xlogy` takes three times as long on a CPU."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny).log_().mul_(x)
 
 
 # ---------------------------------------------------------------- distillation losses on features
@@ -241,7 +259,7 @@ class CRD(nn.Module):
     labels [n_data] class ids, in the order of the ids that forward gets as `index` [B]; ValueError without them.
     Parameters: `embed_student`, `embed_teacher`, vanillaKD's `embed_s.linear`, `embed_t.linear`; buffers `bank_student`,
     `bank_teacher` [n_data, dim], vanillaKD's `contrast.memory_v1`, `contrast.memory_v2`, and `z` [2], 0 until it is set,
-    its `contrast.params[2:4]`. Memory: `bank_bytes`; for the length of a step also the banks before it and one [B, n_data].
+    its `contrast.params[2:4]`. Memory: `bank_bytes`; for the length of a step also [B, n_data] on a GPU, else [B, 16 (K + 1)].
     """
 
     gather = staticmethod(lambda tensor: tensor)  # train.py sets it to accelerator.gather: [B, ...] -> that of all processes
@@ -269,7 +287,8 @@ class CRD(nn.Module):
 
         generator = torch.Generator().manual_seed(0)  # every process starts from the same banks, whatever it drew before
         for name in ("bank_student", "bank_teacher"):
-            self.register_buffer(name, (2 * torch.rand(len(labels), dim, generator=generator) - 1) * (3 / dim) ** 0.5)
+            bank, bound = torch.empty(len(labels), dim), (3 / dim) ** 0.5
+            self.register_buffer(name, bank.uniform_(-bound, bound, generator=generator))  # in place: no second bank
         self.register_buffer("z", torch.zeros(2))
         # ids sorted by class: a class is one block, so a draw from the others is a draw from the rest that jumps over it
         self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
@@ -299,20 +318,24 @@ class CRD(nn.Module):
 
     def contrast(self, v_student, v_teacher, index, sampled):
         """Loss of unit rows v [B, D] against the bank rows of `sampled` [B, 1 + K], the positive first; updates the banks."""
-        # Scores against the whole bank, then a choice: 20 times as fast on CIFAR as [B, 1 + K, D] copied bank rows, and
-        # smaller even on ImageNet (1.3 GB to 2.1 GB at B = 256).
-        pairs = ((v_student, self.bank_teacher), (v_teacher, self.bank_student))
-        scores = [(v @ bank.T).gather(1, sampled) / self.temperature for v, bank in pairs]
+        v, banks = torch.stack([v_student, v_teacher]), (self.bank_teacher, self.bank_student)
         n_data, negatives = len(self.by_class), sampled.shape[1] - 1
-        with torch.no_grad():  # the estimate costs little; to ask the device whether it is needed would stall every step
-            estimate = torch.stack([score.exp().mean() for score in scores]) * n_data
+        with torch.no_grad():  # the gradient by v is found here, as long as the rows are in the cache
+            scores = torch.stack([_products(x, bank, sampled) for x, bank in zip(v, banks, strict=True)]) / self.temperature
+            # the estimate costs little; to ask the device whether it is needed would stall every step
+            estimate = scores.exp().mean(dim=(1, 2)) * n_data
             self.z = torch.where(self.z > 0, self.z, self.gather(estimate[None]).mean(dim=0))
 
-        noise = negatives / n_data
-        logits = torch.stack(scores) - (self.z.log() + math.log(noise + 1e-7))[:, None, None]  # of x_j / (x_j + c)
-        positive, negative = -F.logsigmoid(logits[..., 0]), -F.logsigmoid(-logits[..., 1:])
-        # the references' 1e-7 is in the denominators alone, which leaves a constant
-        loss = (positive + negative.sum(dim=-1)).mean(dim=1).sum() + 2 * negatives * math.log1p(1e-7 / noise)
+            noise = negatives / n_data
+            logits = scores - (self.z.log() + math.log(noise + 1e-7))[:, None, None]  # of x_j / (x_j + c)
+            signed = torch.cat([logits[..., :1], -logits[..., 1:]], dim=-1)
+            # the references' 1e-7 is in the denominators alone, which leaves a constant
+            value = -F.logsigmoid(signed).sum() / len(index) + 2 * negatives * math.log1p(1e-7 / noise)
+            slopes = (-signed).sigmoid()  # of logsigmoid
+            slopes[..., :1].neg_()  # by the score: -logsigmoid of it for the image itself, of minus it for the negatives
+            slopes /= self.temperature * len(index)
+            gradient = torch.stack([_weighted_rows(x, bank, sampled) for x, bank in zip(slopes, banks, strict=True)])
+        loss = _KnownGradient.apply(v, value, gradient)
         if self.training:
             self._update(v_student.detach(), v_teacher.detach(), index)
         return loss
@@ -328,9 +351,32 @@ class CRD(nn.Module):
 
         def moved(bank, v):
             rows = _unit(self.momentum * bank[index] + (1 - self.momentum) * v[last])
-            return bank.index_copy(0, index, rows)  # out of place: backward needs the rows as they were
+            return bank.index_copy(0, index, rows)  # out of place: a state dict taken before the step keeps its rows
 
         self.bank_student, self.bank_teacher = moved(self.bank_student, v_student), moved(self.bank_teacher, v_teacher)
+
+
+def _products(v, bank, ids):
+    """v [B, D], ids [B, N] of rows of the bank [n, D] -> <v_i, bank[ids_ij]> [B, N]."""
+    if _all_rows(bank, ids):
+        return (v @ bank.T).gather(1, ids)
+    return torch.stack([bank[rows] @ x for x, rows in zip(v, ids, strict=True)])  # [B, N, D] at once would be 2 GB
+
+
+def _weighted_rows(weight, bank, ids):
+    """weight, ids [B, N] -> sum_j weight_ij bank[ids_ij] [B, D]."""
+    if _all_rows(bank, ids):
+        return weight.new_zeros(len(ids), len(bank)).scatter_add_(1, ids, weight) @ bank
+    return F.embedding_bag(ids, bank, per_sample_weights=weight, mode="sum")
+
+
+def _all_rows(bank, ids):
+    """Whether to multiply by the whole bank and then choose: n products in place of N copied rows, which cost 16 each.
+
+    On CIFAR (n = 3 N) that is ten times as fast, on ImageNet (n = 78 N) a CPU core takes a third of the time by the rows. A
+    GPU has the products for nothing, and would be kept waiting for its launches by a loop over the images.
+    """
+    return bank.is_cuda or len(bank) <= 16 * ids.shape[1]
 
 
 def _unit(x, eps=1e-6):
@@ -473,13 +519,45 @@ def _pooled(student_features, teacher_features, shapes, least=1):
 
 
 def _prepare(student_logits, teacher_logits, temperature):
-    """Check the two logits and return them in float32, divided by the temperature, the teacher detached."""
+    """Check the two logits and the temperature; return the logits in float32, the teacher detached."""
     student, teacher = _float(student_logits), _float(teacher_logits.detach())
     if student.shape != teacher.shape:
         raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return student / temperature, teacher / temperature
+    return student, teacher
+
+
+def _scaled(z, temperature):
+    return z if temperature == 1 else z / temperature
+
+
+def _softmax(z, temperature):
+    """z [B, K] -> p = softmax(z / T), and the log-sum-exp of z / T [B, 1]; for use without gradient."""
+    p = _scaled(z, temperature).softmax(dim=1)
+    # log max p = max z / T - lse: no second exponential
+    return p, z.amax(dim=1, keepdim=True) / temperature - p.amax(dim=1, keepdim=True).log()
+
+
+class _KnownGradient(torch.autograd.Function):
+    """apply(x, value, gradient): the scalar `value`, which has `gradient` (of x's shape) by x.
+
+    Autograd would keep the intermediate tensors of a loss until backward and walk back through each; this keeps one.
+    """
+
+    @staticmethod
+    def forward(x, value, gradient):
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # second derivatives are not known: an error, not a silent zero
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None
 
 
 def _check_target(target, logits):

@@ -7,10 +7,15 @@ num_classes=100)` and `timm.create_model("local-dir:EXPORTED", pretrained=True)`
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import difflib
+import functools
+import hashlib
+import mmap
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -395,6 +400,113 @@ def export(network, folder, *, model_args, size, crop_pct, interpolation, label_
     shutil.rmtree(old, ignore_errors=True)
 
 
+# ---------------------------------------------------------------- what a teacher has answered
+
+
+class Memo:
+    """A frozen teacher's logits for every view of every image, float32 [images, views, classes], filled as they are asked for.
+
+    Every forward is of exactly `batch` views. Those of a batch that are known give their places to views of the same
+    images that are not yet: nothing is computed twice, and a long run comes to know all. A network's logits of an image
+    must not depend on what else is in the batch; then nothing depends on what is known already. A batch of another length
+    passes by, because other lengths can round otherwise.
+    """
+
+    def __init__(self, images, views, classes, batch, device):
+        """Raises ModelError where they would not fit into the device's memory."""
+        self.views, self.batch, self.device = views, batch, device
+        needed, free = memo_bytes(images, views, classes), _free_memory(device)
+        if needed > free:
+            raise ModelError(
+                f"teacher.memo: {images:,} images x {views} views x {classes} classes need {needed / 1e9:.2f} GB, {device} "
+                f'has {free / 1e9:.2f} GB free: set it to "disk" or null'
+            )
+        self.checks = torch.zeros(images * views, dtype=torch.int64)  # on the host: looking at it waits for no device
+        self.rows = torch.empty(images * views, classes, device=device)
+
+    def __call__(self, crops, forward):
+        """Logits [B, K] of crops, int64 [2, B] on the host: (image ids, views). forward: crops -> logits."""
+        index, view = crops
+        if len(index) != self.batch:
+            return forward(crops)
+        rows, known = self.read(index * self.views + view)
+        if known.all():
+            return rows
+        unknown = self.checks.view(-1, self.views)[index] == 0
+        view = torch.where(known, unknown.int().argmax(1), view)  # the first one; view 0 again where none is left
+        logits = forward(torch.stack([index, view])).float()
+        self.write(index * self.views + view, logits)
+        return torch.where(known.to(self.device, non_blocking=True)[:, None], rows, logits)
+
+    def read(self, places):
+        """(rows, which of them are known) at places int64 [B] on the host; the latter on the host."""
+        return self.rows[places.to(self.device, non_blocking=True)], self.checks[places] != 0
+
+    def write(self, places, logits):
+        self.rows[places.to(self.device, non_blocking=True)] = logits
+        self.checks[places] = 1
+
+
+class FileMemo(Memo):
+    """The same in a file, for later runs and for other processes at the same time.
+
+    A row is known if its check is the hash of its bits and its place. So a row that was half written when a process was
+    killed, or whose pages a power cut kept from the disk, is unknown, in whatever order the pages were written; and
+    writers need no lock: they write the same bytes, since the file's name holds all that the bytes depend on.
+    """
+
+    def __init__(self, images, views, classes, batch, device, path):
+        """Raises ModelError where the file cannot be made: its whole size is reserved, so that no later write fails."""
+        self.views, self.batch, self.device = views, batch, device
+        n, size = images * views, memo_bytes(images, views, classes)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise ModelError(f"teacher.memo: {path}, {size / 1e9:.2f} GB, cannot be made: {error.strerror}") from error
+        self.checks = torch.frombuffer(mapped, dtype=torch.int64, count=n)
+        self.rows = torch.frombuffer(mapped, dtype=torch.float32, offset=8 * n).view(n, classes)
+        # a multilinear hash modulo 2**64: one wrong word always shows, because odd numbers have inverses
+        self.factors = torch.randint(2**62, (classes + 1,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+    def read(self, places):
+        rows = self.rows[places]
+        return rows.to(self.device, non_blocking=True), self.checks[places] == self.hash(rows, places)
+
+    def write(self, places, logits):
+        rows = logits.cpu()
+        self.rows[places] = rows
+        self.checks[places] = self.hash(rows, places)
+
+    def hash(self, rows, places):
+        words = torch.cat([rows.view(torch.int32), places[:, None] + 1], dim=1)  # + 1: a row of zeros at place 0 is not known
+        return (words * self.factors).sum(1)
+
+
+def memo_bytes(images, views, classes):
+    return images * views * (4 * classes + 8)
+
+
+def _free_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def digest(network):
+    """sha256 of what a network computes: its structure, its tensors, its normalisation and size."""
+    result = hashlib.sha256(f"{network} {network.statistics} {network.size} {network.interpolation}".encode())
+    for name, tensor in network.state_dict().items():
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        result.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return result.hexdigest()
+
+
 # ---------------------------------------------------------------- what is trained
 
 
@@ -422,7 +534,8 @@ class Distilled(nn.Module):
         """taught (teacher logits, teacher features or None), target [B] ids or [B, K] probabilities, index [B] image ids,
         soft_weight a scalar tensor: as a number, torch.compile would build a new graph for each of its values.
 
-        -> {"loss", "hard", "soft"}: float32 scalars. None is detached: compiled, "loss" and "hard" can be one tensor.
+        -> {"loss", "hard", "soft"}: float32 scalars, of which none is detached: compiled, "loss" and "hard" can be one tensor;
+        and with a `soft` on logits the student's "logits", detached, for `gradient_norms`.
         """
         logits, features = self.net(images, self.taps, self.preactivation) if self.taps else (self.net(images), None)
         with torch.autocast(images.device.type, enabled=False):  # losses in float32, whatever the networks run in
@@ -434,4 +547,153 @@ class Distilled(nn.Module):
                 soft = self.soft(features, teacher_features, target, index)
             else:
                 soft = self.soft(logits, teacher_logits, target)
-        return {"loss": self.hard_weight * hard + soft_weight * soft, "hard": hard, "soft": soft}
+        terms = {"loss": self.hard_weight * hard + soft_weight * soft, "hard": hard, "soft": soft}
+        return terms if self.taps else terms | {"logits": logits.detach().float()}
+
+    def gradient_norms(self, logits, teacher_logits, target, soft_weight):
+        """(label term, distillation term): the norms over [B, K] of their gradients in the logits, weights included.
+
+        Beside training: of detached logits, so nothing that the step computes or draws depends on it. Not for losses on
+        features, which have no gradient in the logits.
+        """
+        with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
+            logits = logits.detach().requires_grad_()
+            hard = self.hard_weight * self.hard(logits, target)
+            soft = soft_weight * self.soft(logits, teacher_logits, target)
+            return tuple(torch.autograd.grad(term, logits)[0].norm() for term in (hard, soft))
+
+
+# ---------------------------------------------------------------- what makes a frozen teacher cheap
+
+
+@torch.no_grad()
+def freeze(network, size):
+    """A copy of a trained Network for forwards alone: eval mode, no gradients, constants computed once.
+
+    BatchNorm after a convolution is folded into it: equal up to rounding, and the maps are read and written once less.
+    Attention that gathers a bias by relative position (BEiT, Swin) keeps what it gathered. `size`: pixels of the images.
+    """
+    network.eval().requires_grad_(False)
+    frozen = copy.deepcopy(network)
+    for convolution, parent, name in _convolution_norm_pairs(frozen, size):
+        norm = getattr(parent, name)
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        fused = nn.utils.fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+        convolution.weight, convolution.bias = (nn.Parameter(p.detach().clone(), requires_grad=False) for p in fused)
+        # timm's BatchNormAct2d holds its activation
+        setattr(parent, name, nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity())
+    for module in frozen.modules():
+        if callable(gather := getattr(module, "_get_rel_pos_bias", None)):
+            module._get_rel_pos_bias = functools.partial(_constant, gather())
+    frozen.to(memory_format=torch.channels_last)
+    images = torch.rand(2, 3, size, size, device=network.mean.device)
+    # a network that does more with a convolution's output than its modules show must not be folded
+    return frozen if torch.allclose(frozen(images), network(images), rtol=1e-3, atol=1e-3) else network
+
+
+def _constant(tensor):
+    return tensor
+
+
+def _convolution_norm_pairs(network, size):
+    """[(convolution, parent and name of the BatchNorm that alone reads its output)], as one forward shows them.
+
+    Not by names: timm's families name the two differently, and neighbours in a module need not be neighbours in a forward.
+    """
+    convolution_of, readers, outputs, hooks, calls = {}, {}, [], [], collections.Counter()
+
+    def write(module, _, output):
+        outputs.append(output)  # kept, so that no other tensor gets its id
+        convolution_of[id(output)], readers[id(output)] = module, []
+
+    def read(module, inputs):
+        calls[module] += 1
+        for tensor in inputs:
+            readers.setdefault(id(tensor), []).append(module)
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(write))
+        if isinstance(module, nn.BatchNorm2d) or not any(module.children()):
+            hooks.append(module.register_forward_pre_hook(read))
+    network(torch.zeros(1, 3, size, size, device=network.mean.device))
+    for hook in hooks:
+        hook.remove()
+    place = {child: (parent, name) for parent in network.modules() for name, child in parent.named_children()}
+    return [
+        (convolution, *place[norms[0]])
+        for key, convolution in convolution_of.items()
+        if len(norms := readers[key]) == 1
+        and isinstance(norms[0], nn.BatchNorm2d)
+        and norms[0].track_running_stats
+        and calls[norms[0]] == calls[convolution] == 1
+    ]
+
+
+# ---------------------------------------------------------------- LAMB
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2020, arXiv:1904.00962) in timm's variant, which can skip a step without the host knowing.
+
+    timm's keeps the number of steps on the host. Here it is on the device, so that `found_inf`, PyTorch's protocol between
+    gradient scalers and fused optimizers, can leave weights, moments and step count as they are where it is 1.
+    Gradients are clipped to `max_grad_norm` over all parameters; groups without weight decay have no trust ratio.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0):
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        super().__init__(params, defaults)
+
+    @classmethod
+    def like(cls, optimizer):
+        """For the parameters and settings of a timm.optim.Lamb; ValueError for a setting that only timm's has."""
+        known = cls([torch.zeros(1)]).defaults
+        default = timm.optim.Lamb([torch.zeros(1)], lr=optimizer.defaults["lr"]).defaults
+        if other := [k for k, v in optimizer.defaults.items() if k not in known and v != default[k]]:
+            raise ValueError(f"optimizer_args: lamb takes {', '.join(known)}, found {', '.join(other)}")
+        groups = [{k: v for k, v in g.items() if k in known or k in ("params", "lr_scale")} for g in optimizer.param_groups]
+        return cls(groups, **{k: optimizer.defaults[k] for k in known})
+
+    @torch.no_grad()
+    def step(self):
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        skip = getattr(self, "found_inf", None)
+        skip = parameters[0].new_zeros(()) if skip is None else skip.to(parameters[0].dtype)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        for group in self.param_groups:
+            if own := [p for p in group["params"] if p.grad is not None]:
+                self._update(group, own, norm, skip)
+
+    def _update(self, group, parameters, norm, skip):
+        (beta1, beta2), decay, kept = group["betas"], group["weight_decay"], skip > 0
+        for p in parameters:
+            if not self.state[p]:  # not "step", which load_state_dict leaves on the host
+                self.state[p] = {"steps": norm.new_zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+        steps, m, v = ([self.state[p][key] for p in parameters] for key in ("steps", "m", "v"))
+        torch._foreach_add_(steps, [1 - skip] * len(steps))
+        bias1, bias2 = 1 - beta1 ** steps[0], 1 - beta2 ** steps[0]
+
+        gradients = [torch.where(kept, 0.0, p.grad) for p in parameters]  # not times 0, which leaves NaN
+        if group["max_grad_norm"]:
+            torch._foreach_mul_(gradients, torch.where(kept, 0.0, (group["max_grad_norm"] / norm).clamp(max=1.0)))
+        torch._foreach_mul_(m, 1 - (1 - beta1) * (1 - skip))
+        torch._foreach_add_(m, gradients, alpha=1 - beta1)
+        torch._foreach_mul_(v, 1 - (1 - beta2) * (1 - skip))
+        torch._foreach_addcmul_(v, gradients, gradients, value=1 - beta2)
+
+        root = torch._foreach_sqrt(v)
+        torch._foreach_div_(root, bias2.sqrt())
+        torch._foreach_add_(root, group["eps"])
+        change = torch._foreach_div(m, bias1)
+        torch._foreach_div_(change, root)
+        trust = norm.new_ones(len(parameters))
+        if decay:
+            torch._foreach_add_(change, parameters, alpha=decay)
+            weights, changes = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(change))
+            trust = torch.where((weights > 0) & (changes > 0), weights / changes, 1.0)
+        torch._foreach_mul_(change, list((-group["lr"] * trust).unbind()))
+        for p, c in zip(parameters, change, strict=True):
+            p.add_(torch.where(kept, 0.0, c))  # after a first step that is skipped, c is 0 / 0

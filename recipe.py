@@ -114,6 +114,8 @@ class Data:
     crop_pct: Annotated[float, Bounds(0.01, 1)]  # evaluation: resize to size / crop_pct, centre crop
     interpolation: Literal["bilinear", "bicubic"]  # evaluation
     max_broken: Share = 0.001  # share of the training images that may be broken before the run stops
+    fraction: Annotated[float, Bounds(1e-4, 1)] = 1.0  # of each class: train on so many of its images, the same for all seeds
+    resident: bool = False  # the whole set on the device as one tensor, cropped and flipped there; small images, crop 'pad'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,7 @@ class Teacher:
     mean: tuple[float, ...] | None = None  # null: the network's own, from its timm configuration
     std: tuple[float, ...] | None = None
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # of its forward; null: as `accelerate launch` says
+    memo: Literal["device", "disk"] | None = None  # where its logits for each crop of each image are remembered; needs resident
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,8 +437,13 @@ def _contradictions(recipe):
     if data.streaming != (data.shuffle_buffer > 0):
         expected = "at least 1 with" if data.streaming else "0 without"
         yield f"data.shuffle_buffer: expected {expected} streaming, got {data.shuffle_buffer}"
-    if data.train_size and data.drop_last and data.train_size < recipe.batch_size:
-        yield f"data: {data.train_size} images do not fill one batch of {recipe.batch_size}, and drop_last is true"
+    if data.resident:
+        yield from _contradictions_of_resident(data)
+    if data.streaming and data.fraction < 1:
+        yield "data.fraction: a stream's classes are not known beforehand: set streaming to false and shuffle_buffer to 0"
+    if data.train_size and data.drop_last and data.train_size * data.fraction < recipe.batch_size:
+        kept = f"{data.train_size * data.fraction:.0f} images"
+        yield f"data: {kept} do not fill one batch of {recipe.batch_size}, and drop_last is true"
     names = [s.name for s in recipe.students] + [f"{s.name}-ema" for s in recipe.students if s.ema is not None]
     if len(set(names)) < len(names):
         yield f"students: names must differ, also from NAME-ema of a student with ema; got {names}"
@@ -447,8 +455,28 @@ def _contradictions(recipe):
     yield from _contradictions_of_networks(recipe)
 
 
+def _contradictions_of_resident(data):
+    if data.streaming:
+        yield "data.resident: a stream is never whole: set streaming to false and shuffle_buffer to 0, or resident to false"
+    if not isinstance(data.crop, PadCrop):
+        yield "data.resident: crops are cut from padded images: set crop to {'kind': 'pad', ...}, or resident to false"
+    if data.rand_augment:
+        yield "data.resident: rand_augment works on one image at a time: set rand_augment to null, or resident to false"
+
+
+def _contradictions_of_memo(data):
+    if not data.resident:
+        yield "teacher.memo: only the resident loader numbers the crops of an image: set data.resident to true, or memo to null"
+    unlike = [n for n in ("rand_augment", "random_erasing", "mixup", "cutmix") if getattr(data, n)]
+    unlike += ["crop 'resized'"] * isinstance(data.crop, ResizedCrop)
+    if unlike:
+        yield f"teacher.memo: no image comes twice with data's {', '.join(unlike)}: set memo to null"
+
+
 def _contradictions_of_networks(recipe):
     teacher = recipe.teacher
+    if teacher and teacher.memo:
+        yield from _contradictions_of_memo(recipe.data)
     if teacher:
         origins = [n for n in ("recipe", "checkpoint", "pretrained") if getattr(teacher, n)]
         if len(origins) > 1:

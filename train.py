@@ -50,16 +50,22 @@ import models
 import recipe
 from evaluate import accuracy, table, to_float
 
-COUNTERS = ("summed", "skipped", "skipped_in_a_row", "overflows", "last", "best")  # of a student, saved as JSON
+COUNTERS = ("skipped", "barren", "last", "best")  # of a student, saved as JSON
 MAX_STATE_BYTES = 16 << 20  # of a checkpoint's JSON files
 KEEP_CHECKPOINTS = 2
 MAX_FAILED_SAVES = 3  # in a row; then the run stops with EXIT_UNSAVED
 MAX_SKIPPED_STEPS = 10  # in a row, or more than 1 % of a run's steps
 MIN_GRADIENT_SCALE = 1e-3  # float16's scale starts at 65536 and halves with every overflow
 EXIT_UNSAVED = 74  # EX_IOERR of sysexits.h
-BOARD = {"train": ("loss", "hard", "soft", "lr", "seconds"), "test": ("top1", "top5", "top1_ema", "top5_ema")}  # TensorBoard
+GRADIENTS = ("gradient_hard", "gradient_soft", "gradient_ratio")
+CURVE_POINTS = 300  # of a curve in result.json
+LOSS_CURVES, ACCURACY_CURVES = ("loss", "hard", "soft", *GRADIENTS), ("top1", "top1_ema")
+BOARD = {"train": ("loss", "hard", "soft", "lr", "seconds", *GRADIENTS)}  # TensorBoard
+BOARD["test"] = ("top1", "top5", "top1_ema", "top5_ema")
 RUN_BOARD = ("epoch", "speed/images_per_second", "seconds/data", "seconds/teacher")
 ELEMENTWISE = {"sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "lion", "rmsprop"}  # blind to where a tensor ends
+FUSED = {"sgd", "momentum", "adam", "adamw"}  # timm's names for PyTorch's fused optimizers
+TERMS = ("loss", "hard", "soft")  # of models.Distilled, in its order
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -116,12 +122,13 @@ class Trainee:
     module: torch.nn.Module  # a prepared models.Distilled
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
-    sums: dict  # loss terms since the last log row, on the device: reading them is a synchronisation
-    parts: list = dataclasses.field(default_factory=list)  # the terms of this step's batches
-    summed: int = 0  # batches in `sums`
-    skipped: int = 0  # steps left out because a gradient was not finite
-    skipped_in_a_row: int = 0
-    overflows: int = 0  # steps that float16's gradient scaler left out: a matter of course
+    # Loss terms stay on the device until a log row, because reading is a synchronisation: vectors of TERMS and a 1.
+    parts: list = dataclasses.field(default_factory=list)  # of this step's batches
+    last_part: torch.Tensor | None = None
+    latest: tuple | None = None  # logits, the teacher's, target, soft_weight of the newest batch, for `log_gradients`
+    sums: torch.Tensor | float = 0.0  # since the last log row, without those of skipped steps
+    skipped: int = 0  # steps left out by the last log row, because a gradient was not finite
+    barren: int = 0  # steps up to the last log row, all of them skipped
     last: dict | None = None  # the newest scores, with their step
     best: dict | None = None
 
@@ -150,9 +157,11 @@ class Run:
     limit: int | None
     clock: "Clock"
     signals: "Signals"
+    memo: models.Memo | None = None  # of the teacher's logits
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent in them, over all resumptions
     timed: tuple = (0, 0.0)  # steps and seconds since the last log row
+    index: torch.Tensor | None = None  # ids of the last batch's images
     failed_saves: int = 0  # in a row
     told_broken: int = 0  # broken images that were told of
     unwritten: list = dataclasses.field(default_factory=list)  # log rows that the disk did not take
@@ -201,24 +210,23 @@ def train(run):
         started, epoch = time.perf_counter(), run.step // loader.steps_per_epoch
         for part in range(loader.accumulate):
             run.clock.mark(None)
-            images, labels, index = next(batches)
-            randomness = (settings.seed, run.step, part, lead.process_index)
-            data.seed_all(*randomness)
+            images, labels, index, *crops = next(batches)  # crops: of a resident set
+            seed = data.seed_of(settings.seed, run.step, part, lead.process_index)
             images = to_float(images, lead.device)
             target, index = (t.to(lead.device, non_blocking=True) for t in (labels, index))
             if mix:
+                data.seed_all(seed, lead.device)
                 images, target = mix(images, target)
             run.clock.mark("data")
-            taught = None if run.teacher is None else teach(run, images)
+            taught = None if run.teacher is None else recall(run, *crops) if run.memo else teach(run, images)
             run.clock.mark("teacher")
             for trainee in run.trainees:
-                data.seed_all(*randomness)  # the same dropout, alone or in company
+                data.seed_torch(seed, lead.device)  # the same dropout, alone or in company
                 lr = lr_at(run.step, loader.steps_per_epoch, settings.epochs, settings.schedule, trainee.settings.lr)
                 soft_weight = soft_weight_at(epoch, trainee.settings.soft)
                 learn(trainee, images, taught, target, index, lr, soft_weight)
                 run.clock.mark(trainee.settings.name)
-        run.step += 1
-        check_finite(run, index)
+        run.step, run.index = run.step + 1, index
         took = time.perf_counter() - started
         run.seconds, run.timed = run.seconds + took, (run.timed[0] + 1, run.timed[1] + took)
 
@@ -237,14 +245,22 @@ def train(run):
     progress.close()
 
 
-@torch.no_grad()
 def teach(run, images):
     """(logits, features or None) of the teacher: one forward, whatever the number of students."""
     dtype = PRECISIONS[run.settings.teacher.precision or precision(run.lead)]
-    with torch.autocast(run.lead.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-        if not run.teacher_taps:
-            return run.teacher(images), None
-        return run.teacher(images, run.teacher_taps, run.settings.teacher.preactivation)
+    with torch.inference_mode(), torch.autocast(run.lead.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+        if run.teacher_taps:
+            logits, features = run.teacher(images, run.teacher_taps, run.settings.teacher.preactivation)
+        else:
+            logits, features = run.teacher(images), None
+    # copies: a student's backward may not keep tensors that were made in inference mode
+    return logits.clone(), features and [feature.clone() for feature in features]
+
+
+def recall(run, crops):
+    """What `teach` gives for crops of a resident set, int64 [2, B]; forwards only what it has never given before."""
+    own = run.loader.resident
+    return run.memo(crops, lambda crops: teach(run, to_float(own.crops(*crops.to(own.device)), own.device))[0]), None
 
 
 def learn(trainee, images, taught, target, index, lr, soft_weight):
@@ -254,78 +270,93 @@ def learn(trainee, images, taught, target, index, lr, soft_weight):
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         terms = trainee.module(images, taught, target, index, torch.full((), soft_weight, device=images.device))
-        trainee.parts.append({name: term.detach() for name, term in terms.items()})
+        trainee.latest = terms.pop("logits", None), taught and taught[0], target, soft_weight
         recomputed = trainee.settings.grad_checkpointing
         with models.frozen_statistics(trainee.module) if recomputed else contextlib.nullcontext():
-            accelerator.backward(terms["loss"])  # with DeepSpeed also clips and steps: what follows is then without effect
-        if not accelerator.sync_gradients:
-            return
-        if not math.isfinite(gradient_norm(trainee)):  # of averaged gradients: the same on every process
-            optimizer.zero_grad()
-            trainee.skipped, trainee.skipped_in_a_row = trainee.skipped + 1, trainee.skipped_in_a_row + 1
-            return
-        optimizer.step()
-        optimizer.zero_grad()
-        trainee.skipped_in_a_row = 0
-        if trainee.ema:
-            trainee.ema.update(trainee.net)
-    if optimizer.step_was_skipped:
-        trainee.overflows += 1
-    else:
-        for terms in trainee.parts:
-            trainee.sums = {name: trainee.sums.get(name, 0.0) + term for name, term in terms.items()}
-        trainee.summed += len(trainee.parts)
-    trainee.parts = []
+            accelerator.backward(terms["loss"])  # with DeepSpeed also clips and steps
+        values = [term.detach() for term in terms.values()]
+        trainee.parts.append(torch.stack([*values, torch.ones_like(values[0])]))
+        if accelerator.sync_gradients:
+            tally(trainee, update(trainee))
 
 
-def gradient_norm(trainee):
-    """The global norm of the gradients, which are clipped where the recipe says so. The one synchronisation of a step.
+def update(trainee):
+    """Clip, step, average; returns whether the gradient was finite, a bool tensor: the same on every process.
 
-    0.0 with float16's gradient scaler, which looks for overflows itself.
+    A step whose gradient is not finite is left out, on the device: for the host to look would stop the pipeline.
     """
-    clip, scaled = trainee.settings.clip_grad, trainee.accelerator.scaler is not None
-    if trainee.accelerator.distributed_type == DistributedType.DEEPSPEED:  # has stepped already: the loss must tell
-        return trainee.accelerator.reduce(trainee.parts[-1]["loss"].clone(), "sum").item()
+    accelerator, optimizer, clip = trainee.accelerator, trainee.optimizer, trainee.settings.clip_grad
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # has stepped already: the loss must tell
+        return accelerator.reduce(trainee.parts[-1][0].clone(), "sum").isfinite()
+    accelerator.unscale_gradients(optimizer)
+    parameters = [p for p in trainee.module.parameters() if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters])))
     if clip is not None:
-        norm = trainee.accelerator.clip_grad_norm_(trainee.module.parameters(), clip)
-        return 0.0 if scaled else norm.item()
-    if scaled:
-        return 0.0
-    gradients = [p.grad for p in trainee.module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients).item()
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    finite, inner = norm.isfinite(), optimizer.optimizer
+    if accelerator.scaler is not None:
+        optimizer.step()
+    elif getattr(inner, "_step_supports_amp_scaling", False):  # PyTorch's protocol between scalers and fused optimizers
+        inner.grad_scale, inner.found_inf = None, finite.logical_not().float()
+        inner.step()
+    elif finite:  # a synchronisation: this optimizer knows no other way
+        inner.step()
+    inner.zero_grad()
+    if trainee.ema:
+        trainee.ema.update(trainee.net)
+    return finite
 
 
-def check_finite(run, index):
+def tally(trainee, finite):
+    """Add up the loss terms of a step that was taken, on the device."""
+    for part in trainee.parts:
+        trainee.sums = trainee.sums + torch.where(finite, part, 0.0)
+    trainee.last_part, trainee.parts = trainee.parts[-1], []
+
+
+def read_sums(run, trainee):
+    """(mean loss terms by name since the last log row, steps that were skipped since then), over all processes."""
+    *sums, batches = run.lead.reduce(trainee.sums.clone(), "mean").tolist()
+    steps = round(batches) // run.loader.accumulate
+    means = {name: total / batches for name, total in zip(TERMS, sums, strict=False)} if steps else {}
+    return means, run.timed[0] - steps
+
+
+def check_finite(run, skipped):
     """Too many steps without a finite gradient end the run, with a dump; the older checkpoints are good."""
-    for trainee in run.trainees:
-        if not trainee.skipped_in_a_row:
-            continue
+    for trainee, new in zip(run.trainees, skipped, strict=True):
         name, scaler = trainee.settings.name, trainee.accelerator.scaler
-        terms = [{term: str(value.item()) for term, value in part.items()} for part in trainee.parts]  # NaN is not JSON
-        trainee.parts = []
-        many = trainee.skipped_in_a_row >= MAX_SKIPPED_STEPS or trainee.skipped > max(MAX_SKIPPED_STEPS, run.stop / 100)
-        if not many and trainee.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            run.lead.print(f"warning: student {name!r}: gradient not finite, step {run.step} skipped, {trainee.skipped} so far")
-            continue
-        dump = run.folder / f"not-finite-{name}-{run.step}.json"
-        told = {"step": run.step, "student": name, "terms": terms, "images of the last batch": index.tolist()}
-        told |= {
-            "lr": trainee.optimizer.param_groups[0]["lr"],
-            "scale": scaler and scaler.get_scale(),
-            "skipped": trainee.skipped,
-        }
-        if run.lead.is_main_process:
-            recipe.write_atomic(dump, json.dumps(told, indent=2) + "\n")
-        raise TrainingError(
-            f"student {name!r}: the gradient is not finite at step {run.step}, loss {terms[-1]['loss']}: {dump}"
-        )
-    for trainee in run.trainees:
-        scaler = trainee.accelerator.scaler
-        if trainee.overflows and scaler and scaler.get_scale() < MIN_GRADIENT_SCALE:
-            raise TrainingError(
-                f"student {trainee.settings.name!r}: float16's gradient scale fell to {scaler.get_scale():.3g} by step "
-                f"{run.step}: every gradient overflows; try --mixed_precision bf16"
+        trainee.skipped += new
+        trainee.barren = trainee.barren + new if new == run.timed[0] else 0
+        many = trainee.barren >= MAX_SKIPPED_STEPS or trainee.skipped > max(MAX_SKIPPED_STEPS, run.stop / 100)
+        deepspeed = trainee.accelerator.distributed_type == DistributedType.DEEPSPEED  # has taken the step
+        if scaler is not None:
+            if new and scaler.get_scale() < MIN_GRADIENT_SCALE:
+                raise TrainingError(
+                    f"student {name!r}: float16's gradient scale fell to {scaler.get_scale():.3g} by step {run.step}: every "
+                    "gradient overflows; try --mixed_precision bf16"
+                )
+        elif many or (new and deepspeed):
+            stop_with_dump(run, trainee)
+        elif new:
+            run.lead.print(
+                f"warning: student {name!r}: gradient not finite in {new} of the last {run.timed[0]} steps, which were "
+                f"skipped; {trainee.skipped} skipped by step {run.step}"
             )
+
+
+def stop_with_dump(run, trainee):
+    name, dump = trainee.settings.name, run.folder / f"not-finite-{trainee.settings.name}-{run.step}.json"
+    told = {"step": run.step, "student": name, "skipped": trainee.skipped, "lr": trainee.optimizer.param_groups[0]["lr"]}
+    terms = zip(TERMS, trainee.last_part.tolist(), strict=False)
+    told["terms of the last batch"] = {term: str(value) for term, value in terms}  # NaN is not JSON
+    told["images of the last batch"] = run.index.tolist()
+    if run.lead.is_main_process:
+        recipe.write_atomic(dump, json.dumps(told, indent=2) + "\n")
+    raise TrainingError(
+        f"student {name!r}: the gradient is not finite at step {run.step}, loss {told['terms of the last batch']['loss']}; "
+        f"{told['skipped']} steps were skipped: {dump}"
+    )
 
 
 class Signals:
@@ -363,15 +394,19 @@ class Signals:
 
 def log_losses(run):
     """Write a row of mean loss terms, learning rates and speed since the last one; returns the mean loss for people."""
+    means, skipped = zip(*(read_sums(run, trainee) for trainee in run.trainees), strict=True)
+    check_finite(run, skipped)
     steps, seconds = run.timed
     row = {}
-    for trainee in run.trainees:
+    for trainee, terms in zip(run.trainees, means, strict=True):
         name = trainee.settings.name
-        for term, total in trainee.sums.items():
-            row[f"{term}/{name}"] = trainee.accelerator.reduce(total / trainee.summed, "mean").item()
+        row |= {f"{term}/{name}": mean for term, mean in terms.items()}
         row[f"lr/{name}"] = trainee.optimizer.param_groups[0]["lr"]
-        row |= {f"{what}/{name}": n for what, n in (("skipped", trainee.skipped), ("overflows", trainee.overflows)) if n}
-        trainee.sums, trainee.summed = {}, 0
+        if trainee.skipped:  # a float16 scaler's overflows are a matter of course
+            row[f"{'overflows' if trainee.accelerator.scaler else 'skipped'}/{name}"] = trainee.skipped
+        if run.step % run.settings.log_every == 0:  # not for the rest at the end, which a resumed run may log without a step
+            row |= log_gradients(trainee)
+        trainee.sums = 0.0
         if not math.isfinite(row.get(f"loss/{name}", 0.0)):
             raise TrainingError(f"student {name!r}: the loss is {row[f'loss/{name}']} by step {run.step}")
     if broken := len(run.loader.broken):
@@ -386,6 +421,21 @@ def log_losses(run):
     run.timed, run.clock.window = (0, 0.0), {}
     write_row(run, row)
     return np.mean([row.get(f"loss/{t.settings.name}", math.nan) for t in run.trainees])
+
+
+def log_gradients(trainee):
+    """What the label and the distillation term pull with: norms of the newest batch's gradients in the logits, their ratio.
+
+    {} for a student without a distillation term, or with one on features, which does not reach the logits. The mean over
+    processes, each of its own batch.
+    """
+    if trainee.distilled.soft is None or trainee.distilled.taps:
+        return {}
+    norms = [trainee.accelerator.reduce(norm, "mean").item() for norm in trainee.distilled.gradient_norms(*trainee.latest)]
+    found = {"gradient_hard": norms[0], "gradient_soft": norms[1]}
+    if norms[1]:
+        found["gradient_ratio"] = norms[0] / norms[1]
+    return {f"{what}/{trainee.settings.name}": value for what, value in found.items() if math.isfinite(value)}
 
 
 def log_accuracy(run):
@@ -443,7 +493,7 @@ def write_rows(run):
 
 def save(run):
     """A checkpoint of now. One that cannot be written is reported; the run stops after MAX_FAILED_SAVES of them in a row."""
-    sums = [{term: run.lead.reduce(total, "mean").item() for term, total in t.sums.items()} for t in run.trainees]
+    sums = [run.lead.reduce(t.sums.clone(), "mean").tolist() if run.timed[0] else 0.0 for t in run.trainees]
     optimizers = [optimizer_state(trainee) for trainee in run.trainees]
     broken = gather_object(list(run.loader.broken.items()))
     run.clock.read()
@@ -603,7 +653,7 @@ def restore(run):
             trainee.ema.module.load_state_dict(safetensors.torch.load_file(found / f"{name}.ema.safetensors"))
         if own["scaler"]:
             trainee.accelerator.scaler.load_state_dict(own["scaler"])
-        trainee.sums = {term: torch.tensor(total, device=run.lead.device) for term, total in own["sums"].items()}
+        trainee.sums = torch.tensor(own["sums"], device=run.lead.device)
         for key in COUNTERS:
             setattr(trainee, key, own[key])
 
@@ -802,17 +852,30 @@ def make_student(settings, student, teacher=None, labels=None):
             theirs = teacher.shapes(settings.data.size, teacher_taps(settings, teacher), settings.teacher.preactivation)
             soft = soft(own, theirs, labels)
         module = models.Distilled(network, hard, soft, student.hard.weight, taps, student.preactivation)
-        optimizer = create_optimizer_v2(
-            module,
-            opt=student.optimizer,
-            lr=student.lr,
-            weight_decay=student.weight_decay,
-            filter_bias_and_bn=not student.decay_norm_and_bias,
-            **student.optimizer_args,
-        )
+        optimizer = make_optimizer(module, student)
     except (ValueError, TypeError, AssertionError) as error:
         raise recipe.RecipeError(f"student {student.name!r}: {error}") from error
     return module, optimizer
+
+
+def make_optimizer(module, student):
+    """timm's optimizer of that name: fused where PyTorch has it fused, and LAMB as one that can skip a step on the device."""
+    fused = {"fused": True} if student.optimizer in FUSED else {}
+    optimizer = create_optimizer_v2(
+        module,
+        opt=student.optimizer,
+        lr=student.lr,
+        weight_decay=student.weight_decay,
+        filter_bias_and_bn=not student.decay_norm_and_bias,
+        **fused | student.optimizer_args,
+    )
+    if isinstance(optimizer, timm.optim.Lamb):
+        return models.Lamb.like(optimizer)
+    if isinstance(optimizer, torch.optim.SGD) and not student.optimizer_args.get("dampening"):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:  # PyTorch leaves them uninitialised if the first step is skipped
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def checkpoint_activations(model, student):
@@ -838,7 +901,7 @@ def teacher_taps(settings, teacher):
 def make_loaders(settings, options, accelerator):
     """(training loader, test loader) of this process; raises data.DataError for data that the recipe does not fit."""
     place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=options.workers)
-    place["pin"] = accelerator.device.type == "cuda"
+    place |= dict(pin=accelerator.device.type == "cuda", device=accelerator.device)
     sizes = dict(batch_size=settings.batch_size, batch_size_per_process=settings.batch_size_per_process)
     loader = data.TrainLoader(settings.data, seed=settings.seed, **sizes, **place)
     return loader, data.test_loader(settings.data, batch_size=settings.batch_size_per_process, **place)
@@ -862,7 +925,7 @@ def make_run(settings, folder, teacher, options):
             module.to(memory_format=torch.contiguous_format)  # it flattens weights, and its broadcast fails on others
         module, optimizer = accelerator.prepare(module, optimizer)
         module.train()
-        trainee = Trainee(student, accelerator, module, optimizer, None, {})
+        trainee = Trainee(student, accelerator, module, optimizer, None)
         if student.ema is not None:
             trainee.ema = ModelEmaV3(trainee.net, decay=student.ema)
         trainees.append(trainee)
@@ -876,6 +939,29 @@ def make_run(settings, folder, teacher, options):
     for name, accelerator in [("run", lead), *((t.settings.name, t.accelerator) for t in trainees)]:
         accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
     return run
+
+
+def make_memo(run, folder):
+    """The memo of run's teacher, or None; on disk in `folder`, under a digest of all that its logits depend on.
+
+    RecipeError where the logits of an image depend on its place in the batch, as with uneven shares of a CPU's threads.
+    """
+    kind, own, batch = run.settings.teacher and run.settings.teacher.memo, run.loader.resident, run.loader.per_process
+    if kind is None:
+        return None
+    sizes = (len(own.labels), own.views, run.settings.data.classes, batch, own.device)
+    sample = torch.stack([torch.arange(batch) % sizes[0], torch.arange(batch) % own.views])
+    (there, _), (back, _) = (teach(run, to_float(own.crops(*s.to(own.device)), own.device)) for s in (sample, sample.flip(1)))
+    if not torch.equal(there, back.flip(0)):
+        raise recipe.RecipeError(
+            f"teacher.memo: with batches of {batch} the teacher's logits of an image depend on its place in the batch (by "
+            f"{(there - back.flip(0)).abs().max():.1e}): set another batch_size_per_process, or memo to null"
+        )
+    if kind == "device":
+        return models.Memo(*sizes)
+    # the sample's logits stand for the precision, the hardware and the libraries, whose rounding is in every row
+    parts = [models.digest(run.teacher), own.digest(), *map(str, sizes[:-1]), str(there.tolist())]
+    return models.FileMemo(*sizes, folder / hashlib.sha256(" ".join(parts).encode()).hexdigest())
 
 
 def share_memory(module, accelerator):
@@ -912,7 +998,7 @@ def make_teacher(settings, path, out, options, accelerator):
         if not options.limit:
             raise models.ModelError(message)
         accelerator.print(f"warning: {message} Going on, because --limit asks for a trial only.")
-    return network, {"name": name, "parameters": count_parameters(network), **scores}
+    return models.freeze(network, settings.data.size), {"name": name, "parameters": count_parameters(network), **scores}
 
 
 def trained(path, parent, options, accelerator):
@@ -922,13 +1008,14 @@ def trained(path, parent, options, accelerator):
     if not finished(folder, None):
         folder = parent / (path.stem + limit_suffix(options))
         run_recipe(path, [], folder, dataclasses.replace(options, resume=folder.exists()))
-    changes = differences(recipe.read_json(folder / "recipe.json"), json.loads(recipe.dump(load(path, [], options))))
+    begun = json.loads(recipe.dump(recipe.load(folder / "recipe.json")))
+    changes = differences(begun, json.loads(recipe.dump(load(path, [], options))))
     if changes:
         accelerator.print(f"note: the teacher in {folder} was trained with other settings than {path}: {'; '.join(changes)}")
     return folder
 
 
-HARMLESS = {"about", "paper", "log_every", "evaluate_every", "save_every", "runs", "max_broken", "grad_checkpointing"}
+HARMLESS = {"memo", "about", "paper", "log_every", "evaluate_every", "save_every", "runs", "max_broken", "grad_checkpointing"}
 
 
 def differences(old, new, path=""):
@@ -944,7 +1031,7 @@ def differences(old, new, path=""):
 def write_result(run, teacher_scores):
     """Export the students and write result.json: the last evaluation is the result, the best one is only told."""
     lead, names = run.lead, run.loader.split.names
-    if run.trainees[0].sums:
+    if run.timed[0]:
         log_losses(run)  # after the last checkpoint: the rows of a shortened interval are not those of a resumed run
     if run.trainees[0].last is None or run.trainees[0].last["step"] != run.step:
         log_accuracy(run)
@@ -962,9 +1049,12 @@ def write_result(run, teacher_scores):
                 folder = run.folder / "students" / exported
                 models.export(net, folder, model_args=trainee.settings.model_args, label_names=names, **preprocessing)
         students.append({"name": name, "parameters": count_parameters(trainee.net), "last": trainee.last, "best": trainee.best})
+    rows = metrics_rows(run)
     result = {
         "seed": run.settings.seed,
         "students": students,
+        "curves": {t.settings.name: curve(rows, t.settings.name, "step", LOSS_CURVES) for t in run.trainees},
+        "accuracy": {t.settings.name: curve(rows, t.settings.name, "epoch", ACCURACY_CURVES) for t in run.trainees},
         "teacher": teacher_scores,
         "steps": run.step,
         "epochs": run.step / run.loader.steps_per_epoch,
@@ -977,8 +1067,29 @@ def write_result(run, teacher_scores):
         **environment(lead),
         "recipe": dataclasses.asdict(run.settings),
     }
-    recipe.write_atomic(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
+    text = json.dumps(result, indent=2)
+    text = re.sub(r"\[\n[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # a curve is a line
+    recipe.write_atomic(run.folder / "result.json", text + "\n")
     return result
+
+
+def metrics_rows(run):
+    """All rows of the log, those that the disk has not taken, too."""
+    path = run.folder / "metrics.jsonl"
+    written = path.read_text().splitlines() if path.exists() else []
+    return [*map(json.loads, written), *run.unwritten]
+
+
+def curve(rows, name, x, metrics):
+    """{x: [...], metric: [...]} of a student over the rows with its first metric: at most CURVE_POINTS, evenly, with the last.
+
+    A metric that a row lacks (a gradient's norm in the last one) is null there; one that no row has is left out.
+    """
+    rows = [row for row in rows if f"{metrics[0]}/{name}" in row]
+    rows = [rows[round(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), CURVE_POINTS))]
+    found = {metric: [row.get(f"{metric}/{name}") for row in rows] for metric in metrics}
+    found = {metric: [v and float(f"{v:.6g}") for v in values] for metric, values in found.items() if set(values) - {None}}
+    return {x: [row[x] for row in rows], **found}
 
 
 def environment(accelerator):
@@ -1045,6 +1156,11 @@ def check(settings, path, options, accelerator):
         teacher, labels = untrained_teacher(settings, path, options), loader.labels()
     for student in settings.students:
         make_student(settings, student, teacher, labels)
+        if compares_features(student) and settings.teacher.memo:
+            raise recipe.RecipeError(
+                f"{path}: teacher.memo: it holds logits, and student {student.name!r} compares features "
+                f"({student.soft.loss}): set memo to null, or leave the student out with --students"
+            )
     wanted = settings.teacher
     if wanted and wanted.pretrained:
         models.check_pretrained(wanted.model, classes=settings.data.classes, size=wanted.size or settings.data.size)
@@ -1085,7 +1201,7 @@ def open_folder(folder, settings, options):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         elif not options.resume:
             raise recipe.RecipeError(f"{folder}: holds a run already: continue it with --resume or replace it with --overwrite")
-        elif changes := differences(recipe.read_json(here), json.loads(text)):
+        elif changes := differences(json.loads(recipe.dump(recipe.load(here))), json.loads(text)):
             lines = "\n  ".join(changes)
             raise recipe.RecipeError(f"{folder}: --resume with other settings than the run began with:\n  {lines}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1137,11 +1253,12 @@ def run_recipe(path, overrides, out, options):
     teacher, teacher_scores = (None, None)
     if settings.teacher:
         teacher, teacher_scores = make_teacher(settings, path, out, options, accelerator)
-    results = []
+    results, memo = [], None
     for seed, folder in folders.items():
         result = finished(folder, options.limit)
         if result is None:
             run = make_run(dataclasses.replace(settings, seed=seed, runs=1), folder, teacher, options)
+            run.memo = memo = memo or make_memo(run, out.parent / "memo")
             describe(run)
             with run.signals:
                 train(run)
@@ -1160,12 +1277,15 @@ def run_recipe(path, overrides, out, options):
 def describe(run):
     """The plan, before it costs a day."""
     settings, loader, kind = run.settings, run.loader, "streamed" if run.settings.data.streaming else "memory-mapped"
+    if loader.resident:
+        kind = f"resident on {loader.resident.device} ({_gigabytes(loader.resident.images.nbytes)})"
     steps, repeats = run.stop, settings.data.repeats
+    share = f" ({settings.data.fraction:g} of each class)" if settings.data.fraction < 1 else ""
     lines = [
         f"{run.folder}: {settings.epochs} epochs of {loader.steps_per_epoch} steps"
         + (f", of which this run makes {run.stop} steps" if run.limit else "")
         + (f"; resumed at step {run.step}" if run.step else ""),
-        f"  data: {loader.size:,} images of {settings.data.source}, {kind}; {steps * settings.batch_size:,} crops of "
+        f"  data: {loader.size:,} images{share} of {settings.data.source}, {kind}; {steps * settings.batch_size:,} crops of "
         f"{settings.data.size} pixels from {-(-steps * settings.batch_size // repeats):,} images read ({repeats} of each)",
         f"  batch: {settings.batch_size} = {loader.world} processes x {loader.per_process} x {loader.accumulate} accumulated",
     ]
@@ -1176,6 +1296,9 @@ def describe(run):
         lines.append(
             f"  teacher: {settings.teacher.model or 'its recipe'}, {count_parameters(run.teacher):,} parameters, {size} pixels"
         )
+    if run.memo:
+        size = _gigabytes(models.memo_bytes(len(run.memo.checks), 1, settings.data.classes))
+        lines.append(f"    its logits for {run.memo.views} views an image: {size} on the {settings.teacher.memo}")
     for t in run.trainees:
         soft = f" + {t.settings.soft.weight:g} {t.settings.soft.loss} {t.settings.soft.args}" if t.settings.soft else ""
         lines.append(

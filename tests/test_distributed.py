@@ -242,8 +242,10 @@ def test_every_student_has_its_own_gradient_scaler(tmp_path, teacher_file, monke
     monkeypatch.setattr(train, "precision", lambda accelerator: "no")
     alone(path, tmp_path / "scaled")
     state = json.loads((train.checkpoints(tmp_path / "scaled")[-1] / "state.json").read_text())["students"]
-    assert (state["kd"]["overflows"], state["kd"]["skipped"], state["dkd"]["skipped"]) == (0, 0, 0)  # told apart from NaNs
-    assert state["dkd"]["overflows"] >= 1 and rows(tmp_path / "scaled")[0]["lr/dkd"] == rows(tmp_path / "plain")[0]["lr/dkd"]
+    assert (state["kd"]["skipped"], state["dkd"]["skipped"] >= 1) == (0, True)
+    log = [row for row in rows(tmp_path / "scaled") if "lr/dkd" in row][-1]
+    assert log["overflows/dkd"] >= 1 and not any(key.startswith("skipped") for key in log)  # told apart from NaNs
+    assert rows(tmp_path / "scaled")[0]["lr/dkd"] == rows(tmp_path / "plain")[0]["lr/dkd"]
     assert state["kd"]["scaler"]["scale"] == 2.0**10 and state["dkd"]["scaler"]["scale"] < 2.0**126
     plain, scaled = tensors(tmp_path / "plain"), tensors(tmp_path / "scaled")
     for key, value in plain.items():
@@ -374,7 +376,8 @@ def test_flat_partitions_break_lamb_so_it_is_refused_with_them(tmp_path, teacher
 @needs_deepspeed
 @pytest.mark.slow
 def test_deepspeed_in_bfloat16_keeps_float32_weights(tmp_path, teacher_file):
-    path = write(tmp_path / "r.json", **distilled(teacher_file, students=[student("kd", "kd")], epochs=1))
+    changes = dict(students=[student("kd", "kd")], epochs=1, batch_size_per_process=32)
+    path = write(tmp_path / "r.json", **distilled(teacher_file, **changes))
     alone(path, tmp_path / "one")
     launched(path, tmp_path / "bf16", **with_deepspeed(1, tmp_path, torch_autocast={"enabled": True, "dtype": "bfloat16"}))
     assert json.loads((tmp_path / "bf16" / "result.json").read_text())["precision"] == "bf16"

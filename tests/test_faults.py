@@ -352,7 +352,8 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tmp_path, teach
     assert_same_run(tmp_path / "plain", tmp_path / "after", students=["alone"])
     state = json.loads((train.checkpoints(tmp_path / "after")[-1] / "state.json").read_text())["students"]
     assert (state["kd"]["skipped"], state["alone"]["skipped"]) == (1, 0)
-    assert "student 'kd': gradient not finite, step 5 skipped, 1 so far" in capsys.readouterr().out
+    told = "student 'kd': gradient not finite in 1 of the last 3 steps, which were skipped; 1 skipped by step 6"
+    assert told in capsys.readouterr().out
     assert "NaN" not in (tmp_path / "after" / "metrics.jsonl").read_text()
 
 
@@ -365,8 +366,8 @@ def test_too_many_of_them_stop_the_run_with_a_dump(tmp_path, teacher_file, monke
     (dump,) = (tmp_path / "out").glob("not-finite-*.json")
     told = json.loads(dump.read_text())
     assert (
-        told["skipped"] == train.MAX_SKIPPED_STEPS
-        and len(told["images of the last batch"]) == 64
+        told["skipped"] >= train.MAX_SKIPPED_STEPS
+        and len(told["images of the last batch"]) == 2
         and told["student"] in ("kd", "dkd")
     )
     assert train.problem_of(train.checkpoints(tmp_path / "out")[-1]) is None
@@ -405,6 +406,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, teacher_file, mon
         (dict(students__1__model_args={"widths": [4, 4, 8, 16]}), False),
         (dict(data__classes=11), False),
         (dict(data__hflip=0.5), False),
+        (dict(data__fraction=0.5), False),
     ],
     ids=str,
 )

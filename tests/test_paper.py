@@ -63,6 +63,7 @@ def done(settings, student):
 def test_the_files_are_those_of_the_list():
     others = {"quickstart", "quickstart_teacher", "own_images", "own_images_teacher"}
     others |= {"a2_res50_beitl_lr", "prev_cifar_res20_res56_hints", "prev_cifar_res8x4_res32x4_hints"}
+    others |= {"study_fraction_weak", "study_fraction_strong", "study_ablation_cifar"}  # test_studies.py
     assert {p.stem for p in (ROOT / "recipes").glob("*.json")} == set(LISTED) | others
 
 
@@ -290,7 +291,7 @@ def table(capsys, *arguments):
 def test_a_table(capsys):
     text = show(capsys, "3")
     name, out = "t3.a1.res152.kd.1200.real", "runs/a1_res50_res152.kd.epochs-1200"
-    line = f"| {name} | resnet50 | resnet152.a1h_in1k | kd | 1200 | 0.005 | 0.01 | bce | imagenet-real | 86.86 | not run | "
+    line = f"| {name} | resnet50 | resnet152.a1h_in1k | kd | 1200 | 0.005 | 0.01 | bce | imagenet-real | 86.86 | not run |  | "
     line += "`accelerate launch train.py recipes/a1_res50_res152.json --students kd --set epochs=1200 "
     line += f"--out {out} --resume && python evaluate.py {out} --on real` |"
     assert line in text.splitlines()
@@ -332,8 +333,8 @@ def test_our_numbers_are_found_by_their_settings(tmp_path, capsys):
         del student["ema"]
     runs = [record(stem, 70.0, overrides=elsewhere), old]
     runs.append(record(stem, 1.0, limit=5))
-    for change in ("epochs=241", "students.kd.lr=0.1", published.replace("resnet56", "resnet110")):
-        runs.append(record(stem, 2.0, overrides=[change]))
+    for seed, change in enumerate(("epochs=241", "students.kd.lr=0.1", published.replace("resnet56", "resnet110")), 2):
+        runs.append(record(stem, 2.0, seed, overrides=[change]))
     (tmp_path / "cifar.json").write_text(
         json.dumps({"note": "two seeds of the cell, and four runs that are not", "runs": runs})
     )
@@ -354,4 +355,84 @@ def test_our_numbers_on_other_test_sets(tmp_path, capsys):
 
 def test_a_shortened_run_is_no_result_of_the_paper(capsys):
     """results/cifar100_reduced.json has the paper's students at 3 epochs."""
-    assert {row["ours"] for row in table(capsys, "1b").values()} == {"not run", ""}
+    rows = table(capsys, "1b")
+    kd, teacher = rows["t1b.res56-res20.kd.previous"], rows["t1b.res56-res20.teacher"]
+    assert (kd["ours"], kd["difference"], kd["seeds"]) == ("not run", "", "")
+    assert kd["reduced"] == "31.67 (3 of 240 epochs, cosine schedule, 1 seed, teacher 33.77)"
+    assert teacher["ours"] == "not run" and teacher["reduced"] == "33.77 (4 of 240 epochs, cosine schedule, 1 seed)"
+    assert rows["t1b.res56-res20.delta.previous"]["reduced"] == "-3.66 (3 of 240 epochs, cosine schedule)"
+
+
+def test_records_from_before_a_key_and_with_what_changes_nothing(tmp_path, capsys):
+    """Every key with a default may be missing; what cannot change accuracy may be anything; the rest may not."""
+    stem, cell = "prev_cifar_res20_res56", "t1b.res56-res20.kd.previous"
+    old = record(stem, 70.0, 0)
+    for section, kind in ((old["recipe"]["data"], recipe.Data), (old["recipe"]["students"][0], recipe.Student)):
+        for field in dataclasses.fields(kind):
+            if field.default is not dataclasses.MISSING:
+                del section[field.name]
+    harmless = ["students.kd.grad_checkpointing=true", "data.max_broken=0.5", "teacher.precision=bf16"]
+    runs = [old, record(stem, 71.0, 1, harmless), record(stem, 71.0, 1)]  # a seed counts once
+    for seed, change in enumerate(("data.fraction=0.5", "data.hflip=0.0", "students.kd.hard.weight=0.2"), 2):
+        runs.append(record(stem, 1.0, seed, [change]))
+    (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
+    row = table(capsys, "1b", "--results", tmp_path)[cell]
+    assert (row["ours"], row["seeds"], row["reduced"]) == ("70.50", "2", "")
+
+
+def test_reduced_runs_say_so(tmp_path, capsys):
+    short = ["epochs=24", "schedule.milestones=[15,18,21]", "students.dkd.soft.warmup_epochs=2"]
+    runs = [record("prev_cifar_res20_res56", top1, seed, short, teacher={"top1": 71.0}) for seed, top1 in ((0, 60), (1, 61))]
+    runs.append(record("study_fraction_weak", 70.0, 5, teacher={"top1": 72.0}))  # alone 70, kd 71, dkd 72, dist 73
+    (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
+    rows = table(capsys, "1b", "--results", tmp_path)
+    kd, delta = rows["t1b.res56-res20.kd.previous"], rows["t1b.res56-res20.delta.previous"]
+    assert kd["reduced"] == "60.50 ± 0.71 (24 of 240 epochs, 2 seeds, teacher 71.00)"
+    assert (kd["ours"], kd["our teacher"], kd["seeds"], kd["difference"]) == ("71.00", "72.00", "1", "+0.34")
+    assert (delta["ours"], delta["difference"], delta["reduced"]) == ("-2.00", "-0.69", "-2.00 (24 of 240 epochs)")
+    assert rows["t1b.res56-res20.scratch"]["ours"] == "70.00"  # the same training under another name
+    assert rows["t1b.res56-res20.dkd.previous"]["reduced"].startswith("61.50")  # its ramp may be scaled, too
+
+
+def test_disagreements_stand_beside_the_cells_they_touch(capsys):
+    known = {d["id"]: d for d in PAPER["disagreements"]}
+    for name, patterns in paper.TOUCHES.items():
+        for pattern in patterns:
+            touched = {c["table"] for c in PAPER["cells"] if paper.fnmatch.fnmatchcase(c["id"], pattern)}
+            assert touched and touched <= {*known[name]["tables"]}, (name, pattern)
+    rows = table(capsys, "4")
+    assert (
+        rows["t4.300.ce.bkl"]["disputed"] == "wd_a2 label_reduction bkl"
+        and rows["t4.600.bce.kl"]["disputed"] == "label_reduction"
+    )
+    assert "- mbnet (MBNetV2 in Table 1a): the paper: Table 1a and section 2.2: MobileNetV2" in show(capsys, "1a")
+
+
+def test_table_4_at_the_scale_of_cifar(tmp_path, capsys):
+    run = record("study_ablation_cifar", 60.0, teacher={"top1": 72.0})
+    (tmp_path / "r.json").write_text(json.dumps(run))
+    rows = table(capsys, "4c", "--results", tmp_path)
+    assert [(r["label loss"], r["ours"], r["paper"]) for r in rows.values()][4:] == [
+        ("bce", "64.00", "79.36 on ImageNet"),
+        ("none", "65.00", "80.82 on ImageNet"),
+    ]
+    assert len(rows) == 6 and {r["difference"] for r in rows.values()} == {""}
+
+
+def test_the_readme_section(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "README.md"
+    file.write_text(f"# Title\n\nBefore.\n\n{paper.BEGIN}\nold\n{paper.END}\n\nAfter.\n")
+    monkeypatch.setattr(paper, "README", file)
+    paper.main(["--readme"])
+    text = file.read_text()
+    assert text.startswith(f"# Title\n\nBefore.\n\n{paper.BEGIN}\n\n### Table 1b\n") and text.endswith(
+        f"{paper.END}\n\nAfter.\n"
+    )
+    assert "31.67 (3 of 240 epochs, cosine schedule" in text and "old" not in text and "accelerate launch" not in text
+    assert "Nothing run yet of Tables 1a, 2, 3, 4, 5, 6, 7, 8, 9, 10, 4c." in text
+    paper.main(["--readme"])
+    assert file.read_text() == text
+    file.write_text("no comments")
+    with pytest.raises(SystemExit):
+        paper.main(["--readme"])
+    assert "expected the lines '<!-- results" in capsys.readouterr().err and file.read_text() == "no comments"
