@@ -11,6 +11,7 @@ start, half-way and at the end. During a real run train.py logs the same ratio o
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import models  # noqa: E402
 import recipe  # noqa: E402
+import train  # noqa: E402
 from evaluate import to_float  # noqa: E402
 
 BATCH = 64
@@ -105,8 +107,8 @@ def main(arguments=None):
     print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
     print("\n".join(f"| {' | '.join(map(str, row.values()))} |" for row in rows))
     if args.out:
-        text = json.dumps({"rows": rows, "steps": args.steps, "batch": BATCH, "torch": torch.__version__}, indent=2)
-        recipe.write_atomic(args.out, text + "\n")
+        facts = {"rows": rows, "steps": args.steps, "batch": BATCH} | train.environment(train.make_accelerator())
+        recipe.write_atomic(args.out, json.dumps(facts | {"command": shlex.join(sys.argv)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

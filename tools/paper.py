@@ -35,6 +35,7 @@ LABEL_LOSSES = {"bce": "binary_cross_entropy", "ce": "cross_entropy"}  # the pap
 TEST_SETS = {"imagenet-real": "real", "imagenet-v2": "v2"}  # evaluate.py's names; other data is what training evaluates on
 ORIGIN = {"source", "train_split", "test_split", "image", "label", "streaming", "shuffle_buffer"}  # where the same images lie
 HARMLESS = {"name", "paper", "max_broken", "grad_checkpointing"}  # the same numbers with any value
+HARMLESS |= {"resident"}  # other draws of the same distribution, and the same pixels for the same draw
 README, BEGIN, END = ROOT / "README.md", "<!-- results: python tools/paper.py --readme -->", "<!-- /results -->"
 HINTS = ("cc", "rkd", "crd", "reviewkd")
 TOUCHES = {  # cells of a disagreement, by id; the others touch all of their tables
@@ -203,7 +204,8 @@ def records(folder):
     """Every complete run's result below a folder: train.py's result.json, or several of them under "runs"."""
     for path in sorted(folder.rglob("*.json")):
         tree = json.loads(path.read_text())
-        for record in tree.get("runs", [tree]) if isinstance(tree, dict) else []:
+        several = tree.get("runs") if isinstance(tree, dict) else []
+        for record in several if isinstance(several, list) else [tree]:  # a recipe has a number of runs
             if isinstance(record, dict) and isinstance(record.get("recipe"), dict) and record.get("limit") is None:
                 yield record
 
