@@ -299,11 +299,12 @@ def step_optimizer(trainee):
     """Clip and step; returns whether the gradient was finite, on the device."""
     accelerator, optimizer, clip = trainee.accelerator, trainee.optimizer, trainee.settings.clip_grad
     accelerator.unscale_gradients(optimizer)
-    parameters = [p for p in trainee.module.parameters() if p.grad is not None]
+    inner = optimizer.optimizer
+    parameters = [p for group in inner.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters])))
     if clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    finite, inner = norm.isfinite(), optimizer.optimizer
+    finite = norm.isfinite()
     if accelerator.scaler is not None:
         optimizer.step()
     elif getattr(inner, "_step_supports_amp_scaling", False):  # PyTorch's protocol between scalers and fused optimizers
@@ -311,7 +312,8 @@ def step_optimizer(trainee):
         inner.step()
     elif finite:  # a synchronisation: this optimizer knows no other way
         inner.step()
-    inner.zero_grad()
+    for parameter in parameters:  # zero_grad() would take 20 us to do it
+        parameter.grad = None
     return finite
 
 

@@ -116,6 +116,7 @@ def test_a_step_is_skipped_on_the_device(name, first):
         student = type("Student", (), dict(optimizer=name, lr=0.1, weight_decay=0.05, decay_norm_and_bias=False))
         student.optimizer_args = {"momentum": 0.9} if name in ("sgd", "momentum") else {}
         optimizer = train.make_optimizer(module, student)
+        train.start_momentum(optimizer)
         good = 0
         while good < 4:
             skip = good in bad

@@ -1,6 +1,7 @@
-"""What whole runs cost: several students in one run against a run for each, and a checkpoint.
+"""What whole runs cost: several students in one run against a run for each, two processes against one, and a checkpoint.
 
     python tools/bench_runs.py students RECIPE [--limit 40] [--set PATH=VALUE ...]     # equal weights, and the ratio of times
+    python tools/bench_runs.py scaling RECIPE [--limit 40] [--set PATH=VALUE ...]      # images/s of 1 and of 2 processes
     python tools/bench_runs.py checkpoint                                              # ResNet-50 with LAMB's state and EMA
         [--rounds 3] [--json FILE]
 
@@ -64,6 +65,28 @@ def equal_weights(a, b, name):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def scaling(args):
+    """{"rows": [{"processes", "images_per_second", "of_each"}], "efficiency"} with the same batch in every process."""
+    settings, rounds = recipe.load(args.recipe, args.set), []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(args.rounds):
+            taken = {}
+            for n in (1, 2):
+                out = Path(folder) / f"{n}-{i}"
+                command = [*launch, *(["--multi_gpu"] if n > 1 else []), "--num_processes", n, ROOT / "train.py", args.recipe]
+                command += ["--limit", args.limit, "--workers", 0, "--out", out, "--set", *args.set]
+                command.append(f"batch_size={n * settings.batch_size_per_process}")
+                subprocess.run(list(map(str, command)), check=True, capture_output=True, env=environment)
+                taken[n] = json.loads((out / "result.json").read_text())["images_per_second"]
+            rounds.append(taken)
+            print(f"round {i}: {taken}", flush=True)
+    rows = [{"processes": n, "images_per_second": statistics.median(taken[n] for taken in rounds)} for n in (1, 2)]
+    rows = [row | {"of_each": row["images_per_second"] / row["processes"]} for row in rows]
+    return {"rows": rows, "efficiency": statistics.median(taken[2] / taken[1] / 2 for taken in rounds), "steps": args.limit}
+
+
 def checkpoint(args):
     """Seconds to write, to sync and to digest what a checkpoint of one student holds."""
     weights = models.build("resnet50", classes=1000, size=224).state_dict()
@@ -93,14 +116,14 @@ def checkpoint(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", choices=["students", "checkpoint"])
+    parser.add_argument("section", choices=["students", "scaling", "checkpoint"])
     parser.add_argument("recipe", nargs="?", default=ROOT / "recipes" / "quickstart.json")
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--set", nargs="+", default=[], metavar="PATH=VALUE")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    result = {"students": students, "checkpoint": checkpoint}[args.section](args)
+    result = {"students": students, "scaling": scaling, "checkpoint": checkpoint}[args.section](args)
     result |= {"rounds": args.rounds, "tool": shlex.join(map(str, sys.argv)), **train.environment(train.make_accelerator())}
     del result["command"]
     print(json.dumps(result, indent=2))
