@@ -236,7 +236,7 @@ def _watched(seen, name, aug_fn, image, *values, **options):
 def cases(size=64):
     """(operation, whether bicubic, the image, [its values], PIL's result for each)."""
     rng = random.Random(0)
-    image = picture(1, (size, size))
+    image = picture(1, (size, size)).point(lambda v: 20 + 0.7 * v)  # AutoContrast has something to stretch
     for name in data.OPS:
         for cubic in (False, True) if name in data.WARPS else (False,):
             level, values = LEVEL_TO_ARG[name], [0.0]

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SHARED, needs_imagenet
+import torch
+from conftest import ROOT, SHARED, make_recipe, needs_imagenet
 from PIL import Image
 
 import data
@@ -159,6 +160,32 @@ def test_real_images(tmp_path):
         assert np.array_equal(pixels(after["bytes"]), whole) and after["path"] == before["path"]
         for box in boxes(whole.shape[1], whole.shape[0], 4, seed=i):
             assert_same_in(box, after["bytes"], whole)
+
+
+@needs_jpegtran
+def test_the_fast_pipeline_makes_the_same_crops_of_prepared_files(tmp_path, monkeypatch):
+    """Parts cut out of the bytes are what whole images give, at every crop that is drawn."""
+    images = []
+    for i in range(16):
+        buffer = io.BytesIO()
+        picture(150 + 20 * (i % 4), 130 + 10 * (i % 3), seed=i).save(buffer, "JPEG", quality=90, subsampling=2 * (i % 2))
+        images.append({"image": {"bytes": buffer.getvalue(), "path": f"{i}.jpg"}, "label": i % 2})
+    (tmp_path / "in").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(pa.Table.from_pylist(images), tmp_path / "in" / f"{split}-0.parquet")
+    assert run(tmp_path / "in", tmp_path / "out").returncode == 0
+    parts, cut = [], data.cut
+    monkeypatch.setattr(data, "cut", lambda *a: parts.append(cut(*a)) or parts[-1])
+    crop = {"kind": "resized", "scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "interpolation": "random"}
+    batches = {}
+    for folder in ("in", "out"):
+        changes = dict(source=str(tmp_path / folder), size=32, classes=2, crop=crop, pipeline="fast", drop_last=True)
+        settings = make_recipe(batch_size=16, batch_size_per_process=16, **{f"data__{k}": v for k, v in changes.items()})
+        loader = data.TrainLoader(settings.data, seed=0, batch_size=16, batch_size_per_process=16, workers=0, rank=0, world=1)
+        batches[folder] = list(loader.batches(0, 4))
+    assert sum(part is not None for part in parts) > 32  # of 64 crops: small ones are cut out, not all images decoded whole
+    for before, after in zip(*batches.values(), strict=True):
+        assert all(map(torch.equal, before, after))
 
 
 def test_bad_calls_say_what_to_do(tmp_path, monkeypatch):
