@@ -42,7 +42,7 @@ def students(args):
             for way, chosen in ways.items():
                 out = Path(folder) / f"{way}-{i}"
                 command = [sys.executable, ROOT / "train.py", args.recipe, "--students", *chosen, "--limit", args.limit]
-                command += ["--workers", 1, "--out", out, *(["--set", *args.set] if args.set else [])]
+                command += ["--workers", 1, "--out", out, "--set", "runs=1", *args.set]
                 subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 taken[way] = json.loads((out / "result.json").read_text())["seconds"]
             rounds.append(taken)
@@ -76,7 +76,7 @@ def scaling(args):
             for n in (1, 2):
                 out = Path(folder) / f"{n}-{i}"
                 command = [*launch, *(["--multi_gpu"] if n > 1 else []), "--num_processes", n, ROOT / "train.py", args.recipe]
-                command += ["--limit", args.limit, "--workers", 0, "--out", out, "--set", *args.set]
+                command += ["--limit", args.limit, "--workers", 0, "--out", out, "--set", "runs=1", *args.set]
                 command.append(f"batch_size={n * settings.batch_size_per_process}")
                 subprocess.run(list(map(str, command)), check=True, capture_output=True, env=environment)
                 taken[n] = json.loads((out / "result.json").read_text())["images_per_second"]
