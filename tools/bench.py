@@ -13,6 +13,7 @@ are written here by the formulas of vanillaKD, mdistiller, RepDistiller and DIST
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import shlex
 import statistics
@@ -332,6 +333,7 @@ def resident_kb(what):
 
 def measure(section, device, rounds):
     """{"title", "rounds", "rows": [{"name", "loss", "seconds", "peak_mb", "kept_mb"}]}."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of the children: glibc's heap keeps, by chance, what a step has freed
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # before this process grows: it is inherited
         title, functions, make_inputs = SECTIONS[section](device)
         memory = {name: pool.apply(peak, (section, name, device)) for name in functions}
