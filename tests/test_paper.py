@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 import timm
@@ -353,14 +354,20 @@ def test_our_numbers_on_other_test_sets(tmp_path, capsys):
     assert [rows[f"t3.a2.res152.kd.300.{on}"]["ours"] for on in ("1k", "real", "v2")] == ["80.00", "86.50", "not run"]
 
 
-def test_a_shortened_run_is_no_result_of_the_paper(capsys):
-    """results/cifar100_reduced.json has the paper's students at 3 epochs."""
-    rows = table(capsys, "1b")
+def shortened(tmp_path):
+    """A folder with two real runs of results/: the teacher of Table 1b in 5 epochs, its students in 2."""
+    for name in ("cifar100_res56_5ep", "cifar100_weak_100pct_2ep"):
+        shutil.copy(ROOT / "results" / f"{name}.json", tmp_path)
+    return tmp_path
+
+
+def test_a_shortened_run_is_no_result_of_the_paper(tmp_path, capsys):
+    rows = table(capsys, "1b", "--results", shortened(tmp_path))
     kd, teacher = rows["t1b.res56-res20.kd.previous"], rows["t1b.res56-res20.teacher"]
     assert (kd["ours"], kd["difference"], kd["seeds"]) == ("not run", "", "")
-    assert kd["reduced"] == "31.67 (3 of 240 epochs, cosine schedule, 1 seed, teacher 33.77)"
-    assert teacher["ours"] == "not run" and teacher["reduced"] == "33.77 (4 of 240 epochs, cosine schedule, 1 seed)"
-    assert rows["t1b.res56-res20.delta.previous"]["reduced"] == "-3.66 (3 of 240 epochs, cosine schedule)"
+    assert kd["reduced"] == "30.78 (2 of 240 epochs, cosine schedule, 1 seed, teacher 37.37)"
+    assert teacher["ours"] == "not run" and teacher["reduced"] == "37.35 (5 of 240 epochs, milestones schedule, 1 seed)"
+    assert rows["t1b.res56-res20.delta.previous"]["reduced"] == "-4.53 (2 of 240 epochs, cosine schedule)"
 
 
 def test_records_from_before_a_key_and_with_what_changes_nothing(tmp_path, capsys):
@@ -423,16 +430,16 @@ def test_the_readme_section(tmp_path, monkeypatch, capsys):
     file = tmp_path / "README.md"
     file.write_text(f"# Title\n\nBefore.\n\n{paper.BEGIN}\nold\n{paper.END}\n\nAfter.\n")
     monkeypatch.setattr(paper, "README", file)
-    paper.main(["--readme"])
+    paper.main(["--readme", "--results", str(shortened(tmp_path))])
     text = file.read_text()
     assert text.startswith(f"# Title\n\nBefore.\n\n{paper.BEGIN}\n\n### Table 1b\n") and text.endswith(
         f"{paper.END}\n\nAfter.\n"
     )
-    assert "31.67 (3 of 240 epochs, cosine schedule" in text and "old" not in text and "accelerate launch" not in text
+    assert "30.78 (2 of 240 epochs, cosine schedule" in text and "old" not in text and "accelerate launch" not in text
     assert "Nothing run yet of Tables 1a, 2, 3, 4, 5, 6, 7, 8, 9, 10, 4c." in text
-    paper.main(["--readme"])
+    paper.main(["--readme", "--results", str(tmp_path)])
     assert file.read_text() == text
     file.write_text("no comments")
     with pytest.raises(SystemExit):
-        paper.main(["--readme"])
+        paper.main(["--readme", "--results", str(tmp_path)])
     assert "expected the lines '<!-- results" in capsys.readouterr().err and file.read_text() == "no comments"
