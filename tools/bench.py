@@ -311,6 +311,14 @@ def step(function, inputs):
     return loss.item(), time.perf_counter() - start
 
 
+def median_step(function, inputs, least=0.1):
+    """`step`, again and again for `least` seconds: a step of two milliseconds alone is mostly chance."""
+    taken = [step(function, inputs)]
+    while sum(seconds for _, seconds in taken) < least:
+        taken.append(step(function, inputs))
+    return taken[0][0], statistics.median(seconds for _, seconds in taken)
+
+
 def peak(section, name, device):
     """MB that a step needs above its inputs: of the allocator on a GPU, of the whole process on a CPU."""
     _, functions, make_inputs = SECTIONS[section](device)
@@ -338,7 +346,7 @@ def measure(section, device, rounds):
         title, functions, make_inputs = SECTIONS[section](device)
         memory = {name: pool.apply(peak, (section, name, device)) for name in functions}
     inputs = make_inputs()
-    steps = [{name: step(function, inputs) for name, function in functions.items()} for _ in range(rounds + 1)][1:]
+    steps = [{name: median_step(function, inputs) for name, function in functions.items()} for _ in range(rounds + 1)][1:]
     rows = []
     for name in functions:
         seconds = statistics.median(taken[name][1] for taken in steps)
