@@ -1,4 +1,4 @@
-"""tools/report.py: one page of runs, heat maps and benchmarks, that needs no network and believes no file."""
+"""tools/report.py: one page of runs and heat maps that needs no network and believes no file."""
 
 import html.parser
 import importlib
@@ -26,6 +26,7 @@ def a_run(name, seed, top1, *overrides, **changes):
     students = [{"name": n, "last": {"top1": value}} for n, value in zip(names, top1, strict=True)]
     curves = {n: {"step": [10, 20], "loss": [2.5, 1.25 + seed], "soft": [1.0, None]} for n in names}
     facts = dict(seed=seed, limit=None, steps=20, commit="abc", command=f"train.py recipes/{name}.json", hardware={"cpus": 2})
+    facts["versions"] = {"python": "3"}
     return facts | dict(recipe=tree, students=students, curves=curves, accuracy={}, teacher={"top1": 72.0}) | changes
 
 
@@ -39,7 +40,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, source):
         super().__init__()
-        self.open, self.tags, self.text = [], [], []
+        self.open, self.tags, self.text, self.titles = [], [], [], []
         self.feed(source)
         assert not self.open
 
@@ -56,6 +57,8 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, words):
         self.text.append(words)
+        if self.open[-1:] == ["title"]:
+            self.titles.append(words)
 
 
 def written(report, tmp_path, **files):
@@ -69,16 +72,19 @@ def test_a_page_has_tables_curves_figures_and_what_made_them(report, tmp_path, c
     runs = [a_run("study_fraction_weak", seed, (60 + seed, 70, 71, 72)) for seed in (0, 1)]
     runs.append(a_run("study_fraction_weak", 0, (50, 60, 63, 64), "data.fraction=0.25"))
     short = a_run("study_fraction_weak", 0, (1, 2, 3, 4), "epochs=2", "schedule.milestones=[1]")
-    bench = {"title": "a step", "rows": [{"name": "ours", "ms": 1.5}], "commit": "abc"}
-    source = written(report, tmp_path, runs={"runs": runs}, short=short, again=runs[0], map=a_map(), bench=bench)
+    bench = {"losses, kd": {"rows": [{"name": "ours", "ms": 1.5}], "commit": "abc"}}  # passed over, as the paper's numbers are
+    files = dict(runs={"runs": runs, "note": "on <two> cores"}, short=short, again=runs[0], map=a_map(), bench=bench)
+    source = written(report, tmp_path, **files, paper={"cells": []}, scale={"points": [], "figure_1": []})
     page = Page(source)
     text = " ".join(page.text)
-    assert "4 finished runs, 1 heat map, 1 benchmark." in text and "4 finished runs" in capsys.readouterr().out
+    assert "4 finished runs, 1 heat map." in text and "on <two> cores" in text and "4 finished runs" in capsys.readouterr().out
     assert "60.50 ± 0.71" in text and "A reduced schedule: 2 epochs where the recipe has 240." in text
-    assert "Table 1b of the paper" in text and "70.66" in text  # the paper's own number for kd, beside ours
+    assert (
+        "Table 1b of the paper, measure cifar-100, lr 0.05, weight_decay 0.0005" in text and "70.66" in text
+    )  # the paper's own number for kd, beside ours
     assert "train.py recipes/study_fraction_weak.json" in text and "study_fraction_weak: 240 epochs, 25 % of the images" in text
-    labels = [attributes.get("aria-label", "") for tag, attributes in page.tags if tag == "svg"]
-    assert labels.count("Loss") == 3 and "CKA of <b>first</b> and second" in labels
+    assert "seed 1, steps 20" in text and "cpus 2" in text and "python 3" in text
+    assert page.titles.count("Loss") == 3 and "CKA of <b>first</b> and second" in page.titles
     assert "Top-1 of DKD and DIST minus vanilla KD's" in text
 
 
@@ -89,9 +95,11 @@ def test_a_page_needs_nothing_else_and_runs_nothing(report, tmp_path):
     for student, own in zip(run["students"], run["recipe"]["students"], strict=True):
         student["name"] = own["name"] = evil
     run["curves"] = {evil: {"step": [1, 2], "loss": [1, 2]}}
-    bench = {"title": evil, "rows": [{evil: evil}], evil: evil, "commit": evil}
-    page = Page(written(report, tmp_path, run=run, map=a_map(models=[evil, evil], data=evil), bench=bench))
-    assert "alert(1)" in " ".join(page.text)
+    run |= dict(seconds=evil, steps=evil, precision=evil)
+    heat = a_map(models=[evil, evil], data=evil, images=evil, command=evil, layers=[[evil] * 2, [evil] * 3])
+    source = written(report, tmp_path, run={"runs": [run], "note": evil}, map=heat)
+    page = Page(source)
+    assert "alert(1)" in " ".join(page.text) and "http" not in source.replace("http://www.w3.org/2000/svg", "")
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "img", "iframe", "object", "embed")
         assert attributes.get("href", "#").startswith("#") and not {"src", "onload", "onclick"} & attributes.keys()
@@ -102,6 +110,7 @@ def test_a_heat_map_is_an_image_of_its_own(report):
     cells = drawn.find("{*}svg")
     assert cells.get("viewBox") == "0 0 3 2"
     found = {path.get("fill"): path.get("d") for path in cells}
+    assert drawn.find("{*}title").text == "CKA of <b>first</b> and second"
     assert found["#fcfdbf"] == "M0 1h1v1h-1zM2 0h1v1h-1z"  # 1: the first model's layers go up, the second's to the right
     assert found["#000004"] == "M0 0h1v1h-1z" and found["#888888"] == "M2 1h1v1h-1z"
 
@@ -109,12 +118,17 @@ def test_a_heat_map_is_an_image_of_its_own(report):
 @pytest.mark.parametrize(
     ("tree", "said"),
     [
-        ([], "expected a run's result (students, recipe)"),
+        ([], "expected a run's result (students, recipe), several under 'runs', or a heat map of tools/cka.py, found list"),
+        ({"cells": []}, "found none"),
         ({"epochs": 3}, "found the keys epochs"),
         (a_map(layers=[["a"], ["c", "d", "e"]]), "a row of cka for each layer"),
+        (a_map(cka=[[1, 0.5, None], [0, 0.25, "1"]]), 'expected a number, found "1"'),
+        (a_map(cka=3), "expected a heat map as tools/cka.py writes it"),
         ({"students": [{"name": "kd"}], "recipe": {"students": []}}, "expected a result as train.py writes it"),
         ({"runs": [{"students": None}]}, "expected a result as train.py writes it"),
         (a_run("study_fraction_weak", 0, [True] * 4), "expected a number, found true"),
+        (a_run("study_fraction_weak", 0, [1] * 4) | {"seed": "0"}, 'expected a number, found "0"'),
+        (a_run("study_fraction_weak", 0, [1] * 4, teacher=None), "expected a result as train.py writes it"),
         (
             a_run("study_fraction_weak", 0, [1] * 4, curves={"kd": {"step": [1, 2], "loss": [1]}}),
             "expected a result as train.py",

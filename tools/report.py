@@ -1,11 +1,12 @@
-"""Finished runs, heat maps and benchmarks as one HTML page that needs no network, for screens, phones and paper.
+"""Finished runs and heat maps as one HTML page that needs no network, for screens, phones and paper.
 
     python tools/report.py results/*.json --out report.html
     python tools/report.py runs/*/result.json results/cka_*.json --out report.html
 
-Takes a run's result.json (or several under "runs"), the JSON of tools/cka.py and that of the benchmarks; the paper's numbers
-(results/paper.json) stand beside ours without being named. Accuracies are those of the last epoch: mean and sample standard
-deviation over seeds, by tools/paper.py; the data-scale figure is that of tools/scale.py.
+Takes a run's result.json (or several under "runs") and the JSON of tools/cka.py; the paper's numbers (results/paper.json)
+stand beside ours without being named, and benchmarks have a table of their own (tools/bench_table.py): both are passed over.
+Accuracies are those of the last epoch: mean and sample standard deviation over seeds, by tools/paper.py; the data-scale
+figure is that of tools/scale.py.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import scale  # noqa: E402
 import recipe  # noqa: E402
 
 MAX_BYTES = 2**26  # of a results file
-WANTED = "a run's result (students, recipe), several under 'runs', a heat map of tools/cka.py or a benchmark (commit)"
+WANTED = "a run's result (students, recipe), several under 'runs', or a heat map of tools/cka.py"
 
 
 class ReportError(ValueError):
@@ -39,7 +40,7 @@ class ReportError(ValueError):
 class Results(typing.NamedTuple):
     runs: list  # of (file, record as train.py wrote it)
     maps: list  # of (file, what tools/cka.py wrote)
-    benchmarks: list  # of (file, dict)
+    notes: list  # of (file, what is said of its runs)
 
 
 # ---------------------------------------------------------------- reading
@@ -50,39 +51,40 @@ def read(paths):
     results, seen = Results([], [], []), set()
     for path in map(str, paths):
         tree = recipe.read_json(path, MAX_BYTES)
-        if not isinstance(tree, dict):
-            raise ReportError(f"{path}: expected {WANTED}, found a {type(tree).__name__}")
-        if "cells" in tree or "figure_1" in tree:  # the paper's numbers and the figure's points: both are made anew
-            continue
-        if "cka" in tree:
-            results.maps.append((path, checked_map(tree, path)))
-        elif ("students" in tree and "recipe" in tree) or "runs" in tree:
+        if isinstance(tree, dict) and "cka" in tree:
+            results.maps.append((path, check_map(tree, path)))
+        elif isinstance(tree, dict) and ({"students", "recipe"} <= set(tree) or isinstance(tree.get("runs"), list)):
             for record in tree.get("runs", [tree]):
                 text = json.dumps(check_run(record, path), sort_keys=True)
                 if text not in seen:  # a run's own file, and the same in results/
                     results.runs.append((path, record))
                 seen.add(text)
-        elif "commit" in tree or (tree and all(isinstance(part, dict) and "commit" in part for part in tree.values())):
-            results.benchmarks.extend([(path, tree)] if "commit" in tree else [(f"{path}: {k}", v) for k, v in tree.items()])
-        else:
-            raise ReportError(f"{path}: expected {WANTED}, found the keys {', '.join(list(tree)[:8]) or '(none)'}")
+            results.notes.extend([(path, tree["note"])] if "note" in tree else [])
+        elif not from_another_tool(tree):
+            found = f"the keys {', '.join(list(tree)[:8]) or '(none)'}" if isinstance(tree, dict) else type(tree).__name__
+            raise ReportError(f"{path}: expected {WANTED}, found {found}")
+    if not results.runs and not results.maps:
+        raise ReportError(f"{', '.join(map(str, paths))}: expected {WANTED}, found none")
     return results
+
+
+def from_another_tool(tree):
+    """Whether it is what else lies in results/: the paper's numbers, tools/scale.py's points, a benchmark or several."""
+    parts = [tree, *tree.values()] if isinstance(tree, dict) else []
+    return any(isinstance(part, dict) and {"cells", "figure_1", "commit"} & set(part) for part in parts)
 
 
 def check_run(record, path):
     """The record, if it has all that the page reads."""
     try:
+        number(record["seed"]), number(record["recipe"]["epochs"]), number(record["recipe"]["data"].get("fraction", 1.0))
         for student, own in zip(record["students"], record["recipe"]["students"], strict=True):
             paper.experiment(record["recipe"], own)
             number(student["last"]["top1"]), student["name"], own["model"]
+            if own["soft"]:
+                number(record["teacher"]["top1"])
         for x, y, own in ((x, y, own) for part, x, y, _ in CURVES for own in (record.get(part) or {}).values()):
-            if y in own:
-                [
-                    number(value)
-                    for _, *values in zip(own[x], own[x], own[y], strict=True)
-                    for value in values
-                    if value is not None
-                ]
+            points(own, x, y)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         said = f"{type(error).__name__}: {error}"
         raise ReportError(f"{path}: expected a result as train.py writes it, and its recipe as resolved; {said}") from None
@@ -95,66 +97,70 @@ def number(value):
     return value
 
 
-def checked_map(tree, path):
-    shape = [len(layers) for layers in tree.get("layers", [])]
-    rows = tree["cka"]
-    if len(shape) != 2 or len(tree.get("models", [])) != 2 or [len(rows), *{len(row) for row in rows}] != shape:
-        raise ReportError(f"{path}: expected two models, the layers of each, and a row of cka for each layer of the first")
-    return tree
+def points(own, x, y):
+    """[(x, y)] of one recorded curve; an absent value (null) is left out, and so is an absent curve."""
+    pairs = zip(own[x], own[y], strict=True) if y in own else ()
+    return [(number(a), number(b)) for a, b in pairs if b is not None]
+
+
+def check_map(tree, path):
+    """The heat map, if its layers and its numbers are those of two models."""
+    try:
+        (first, second), shape = tree["models"], [len(layers) for layers in tree["layers"]]
+        known = [number(value) for row in tree["cka"] for value in row if value is not None]
+        fits = [{len(tree["cka"])}, {len(row) for row in tree["cka"]}] == [{n} for n in shape] and known
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReportError(f"{path}: expected a heat map as tools/cka.py writes it; {type(error).__name__}: {error}") from None
+    if not fits:
+        raise ReportError(f"{path}: expected the layers of two models, and a row of cka for each layer of the first")
+    return tree | {"models": [str(first), str(second)]}
 
 
 # ---------------------------------------------------------------- drawing; by hand: a page for no network needs little
 
-COLOURS = ("#0067b1", "#c44e00", "#00805d", "#a8477f", "#8a6d00", "#2a8fc4", "#7a4f3a", "#5b6470")
-METHODS = ("kd", "dkd", "dist", "rkd", "cc", "crd", "reviewkd", "alone")  # the colour of each, in every chart
+NAMES = ("kd", "dkd", "dist", "alone", "rkd", "cc", "crd", "reviewkd")
+COLOURS = ("#222222", *scale.METHODS.values(), "#777777", "#a8477f", "#00805d", "#2a8fc4", "#8a6d00")
+DASHES = ("none", "none", "6 2", "2 2", "none", "6 2", "2 2", "8 2 2 2")  # a print may have no colours
+LINES = [f'stroke="{c}" stroke-dasharray="{d}"' for c, d in zip(COLOURS, DASHES, strict=True)]
 WIDTH, HEIGHT, LEFT, BOTTOM = 360, 230, 46, 196
 MAGMA = ("000004", "1c1044", "4f127b", "812581", "b5367a", "e55064", "fb8761", "fec287", "fcfdbf")  # at 0, 1/8, ... 1
 LEVELS = 64
 
 
-def svg(width, height, label, parts):
-    """A figure that stands alone or in a page; `label` is what a screen reader says."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}" '
-        f'font-family="system-ui,sans-serif"><rect width="{width}" height="{height}" fill="white"/>{"".join(parts)}</svg>\n'
-    )
-
-
 def chart(title, series, x_label):
     """Curves [(name, [(x, y)])]; one name, say of several seeds, has one colour. A logarithmic axis where y spans decades."""
     names = list(dict.fromkeys(name for name, _ in series))
-    colour = {name: COLOURS[METHODS.index(name) if name in METHODS else i % len(COLOURS)] for i, name in enumerate(names)}
+    own = {name: LINES[NAMES.index(name) if name in NAMES else i % len(LINES)] for i, name in enumerate(names)}
     xs, ys = zip(*itertools.chain(*(points for _, points in series)), strict=True)
     warp = math.log10 if min(ys) > 0 and max(ys) / min(ys) > 50 else float
     (low_x, high_x), (low_y, high_y) = padded(xs, 0), padded([warp(y) for y in ys], 0.05)
-    parts, top = [scale.text(4, 14, title, "start", size=13)], 34
-    x = LEFT
+    parts, top, x = [scale.text(4, 14, title, "start", size=13)], 34, LEFT
     for name in names:
-        if x + 16 + 7 * len(name) > WIDTH:
+        if x + 24 + 7 * len(name) > WIDTH and x > LEFT:
             x, top = LEFT, top + 16
-        parts.append(f'<rect x="{x}" y="{top - 9}" width="10" height="4" fill="{colour[name]}"/>')
-        parts.append(scale.text(x + 14, top - 3, name, "start", size=11))
-        x += 30 + 7 * len(name)
+        parts.append(f'<path d="M{x} {top - 7}h18" stroke-width="2" {own[name]}/>')
+        parts.append(scale.text(x + 22, top - 3, name, "start", size=11))
+        x += 38 + 7 * len(name)
 
     def place(x, y):
         across, up = (x - low_x) / (high_x - low_x), (warp(y) - low_y) / (high_y - low_y)
         return LEFT + across * (WIDTH - 12 - LEFT), BOTTOM - up * (BOTTOM - top - 6)
 
-    for tick in ticks(low_y, high_y):
-        value = 10**tick if warp is math.log10 else tick
+    decades = [m * 10**k for k in range(math.floor(low_y), math.ceil(high_y)) for m in (1, 3)] if warp is math.log10 else ()
+    for value in [v for v in decades if low_y <= warp(v) <= high_y] or ticks(low_y, high_y):
         height = place(low_x, value)[1]
         parts.append(f'<path d="M{LEFT} {height:.1f}H{WIDTH - 12}" stroke="#d5d9df"/>')
-        parts.append(scale.text(LEFT - 4, round(height + 4, 1), f"{value:.3g}", "end", "#5b6470", 11))
+        parts.append(scale.text(LEFT - 4, round(height + 4, 1), f"{value:g}", "end", "#5b6470", 11))
     for tick in ticks(low_x, high_x):
         parts.append(scale.text(round(place(tick, ys[0])[0], 1), BOTTOM + 14, f"{tick:g}", "middle", "#5b6470", 11))
     parts.append(scale.text((LEFT + WIDTH) / 2, HEIGHT - 5, x_label, "middle", "#5b6470", 11))
-    for name, points in series:
-        places = [place(*point) for point in points]
+    for name, curve in series:
+        places = [place(*point) for point in curve]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        parts.append(f'<path d="M{path}" fill="none" stroke="{colour[name]}" stroke-width="1.5" stroke-linejoin="round"/>')
+        parts.append(f'<path d="M{path}" fill="none" stroke-width="1.5" stroke-linejoin="round" {own[name]}/>')
         dots = places if len(places) < 5 else []
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour[name]}"/>' for x, y in dots]
-    return svg(WIDTH, HEIGHT, title, parts)
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="white" {own[name].split()[0]}/>' for x, y in dots]
+    return scale.svg(WIDTH, HEIGHT, title, parts)
 
 
 def padded(values, share):
@@ -196,10 +202,10 @@ def heat_map(result):
     bar = left + side + 10
     for i in range(LEVELS):
         y = top + tall * (1 - (i + 1) / LEVELS)
-        fill = magma(i / (LEVELS - 1))
-        parts.append(f'<rect x="{bar}" y="{y:.2f}" width="10" height="{tall / LEVELS + 0.3:.2f}" fill="{fill}"/>')
+        size = f'width="10" height="{tall / LEVELS + 0.3:.2f}"'
+        parts.append(f'<rect x="{bar}" y="{y:.2f}" {size} fill="{magma(i / (LEVELS - 1))}"/>')
     parts += [scale.text(bar + 13, top + tall * (1 - v) + (8 if v else 0), f"{v:g}", "start", size=11) for v in (0, 0.5, 1)]
-    return svg(WIDTH, height, "CKA of " + " and ".join(map(str, result["models"])), parts)
+    return scale.svg(WIDTH, height, "CKA of " + " and ".join(result["models"]), parts)
 
 
 def magma(value):
@@ -222,21 +228,17 @@ def shortened(name, n):
 def table(rows, caption):
     """Dictionaries with equal keys; columns that are empty throughout are left out."""
     columns = [key for key in rows[0] if any(row[key] not in ("", None) for row in rows)]
-    numeric = {
-        key for key in columns if all(re.fullmatch(r"[-+−]?[\d.,:]*( ?± ?[\d.]+)?|not run", str(row[key])) for row in rows)
-    }
-
-    def kind(key, words):
-        return " class=number" if key in numeric else " class=long" if len(words) > 30 else ""
+    number = re.compile(r"[-+]?[\d.]*( ± [\d.]+)?|not run")
+    numeric = {key for key in columns if all(number.fullmatch(str(row[key])) for row in rows)}
 
     def cells(tag, values):
-        return "".join(f"<{tag}{kind(k, shown(v))}>{shown(v)}</{tag}>" for k, v in values)
+        kinds = ("number" if key in numeric else "long" if len(shown(v)) > 40 else "" for key, v in values)
+        return "".join(f'<{tag} class="{kind}">{shown(v)}</{tag}>' for kind, (_, v) in zip(kinds, values, strict=True))
 
-    head = cells("th", ((key, key) for key in columns))
-    body = "".join(f"<tr>{cells('td', ((key, row[key]) for key in columns))}</tr>" for row in rows)
-    words = html.escape(caption)
-    box = f'<div class="box" tabindex="0" role="region" aria-label="{words}">'
-    return f"{box}<table><caption>{words}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    head = cells("th", [(key, key) for key in columns])
+    body = "".join(f"<tr>{cells('td', [(key, row[key]) for key in columns])}</tr>" for row in rows)
+    box = f'<div class="box" tabindex="0" role="region" aria-label="{shown(caption)}">'
+    return f"{box}<table><caption>{shown(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def shown(value):
@@ -252,18 +254,33 @@ def figure(drawing, caption=""):
     return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
 
 
+SETTINGS = ("measure", "lr", "weight_decay", "label loss")
+
+
 def against_paper(records):
     """Every table of the paper for which there is a run, whole: what has not been run is marked."""
     parts = []
     for name in (*paper.TABLES, paper.STUDY):
         rows = [paper.row(cell, records) for cell in paper.cells(name)]
         if any(row["seeds"] or row["reduced"] for row in rows):
-            rows = [{key: value for key, value in row.items() if key not in ("cell", "command")} for row in rows]
-            parts.append(table(rows, f"Table {name} of the paper"))
+            values = {key: {str(row[key]) for row in rows if "minus" not in row["measure"]} for key in SETTINGS}
+            common = {key: min(own) for key, own in values.items() if len(own) == 1 and own != {""}}
+            caption = ", ".join([f"Table {name} of the paper", *(f"{key} {value}" for key, value in common.items())])
+            parts.append(table([brief(row, common) for row in rows], caption))
             disputed = "".join(f"<li>{shown(d['topic'])}: {shown(d['resolution'])}</li>" for d in paper.disputes(name))
             parts.append(f"<p>Disputed here, and what was chosen:</p><ul>{disputed}</ul>" if disputed else "")
     none = "<p>None of these runs has the settings of a cell of the paper.</p>"
     return "".join(parts) + "<p>The commands of all cells: <code>python tools/paper.py all</code>.</p>" if parts else none
+
+
+def brief(row, common):
+    """A row with the numbers near its beginning, for narrow screens, and without what the caption says of all rows."""
+    gap = "minus" in row["measure"]  # kd_minus_best_other
+    pair = f"{row['teacher']} → {row['student']}" if row["teacher"] and row["student"] else row["teacher"] or row["student"]
+    first = {"network": pair, "method": row["measure"].replace("_", " ") if gap else row["method"], "epochs": row["epochs"]}
+    first |= {key: row[key] for key in ("paper", "ours", "±", "seeds", "difference", "our teacher", "reduced")}
+    others = {key: "" if gap else row[key] for key in SETTINGS if key not in common}
+    return first | others | {"disputed": row["disputed"]}
 
 
 def data_scale(records):
@@ -276,22 +293,17 @@ def data_scale(records):
         if rows:
             drawing = f'<div class="wide">{scale.draw(rows, scale.figure_1())}</div>'
             figures.append(figure(drawing, f"Runs of a line have the same number of {along}."))
-    return (
-        "".join(figures) or "<p>No setting was run on several shares of the training images (<code>data.fraction</code>).</p>"
-    )
+    none = "<p>No setting was run on several shares of the training images (<code>data.fraction</code>).</p>"
+    return "".join(figures) or none
 
 
 def similarity(maps):
     figures = []
     for file, result in maps:
-        likest = [max(own) for row in result["cka"] if (own := [v for v in row if v is not None])]
-        mean = (
-            f"; of a layer of the first to its likest in the second, on average {statistics.fmean(likest):.2f}"
-            if likest
-            else ""
-        )
+        likest = statistics.fmean(max(own) for row in result["cka"] if (own := [v for v in row if v is not None]))
+        mean = f"; of a layer of the first to its likest in the second, on average {likest:.2f}"
         caption = f"<b>{shown(result['models'][0])}</b> (up) and <b>{shown(result['models'][1])}</b> (right): "
-        caption += f"{shown(result.get('images'))} images of {shown(result.get('data'))}{mean}. <code>{shown(file)}</code>"
+        caption += f"{shown(result.get('images'))} images of {shown(result.get('data'))}{mean}.{made_by(file, result)}"
         figures.append(figure(heat_map(result), caption))
     words = "<p>Minibatch linear CKA between all layers, 0 to 1; grey: a layer that says the same of every image.</p>"
     return f'{words}<div class="charts">{"".join(figures)}</div>'
@@ -323,22 +335,28 @@ def experiment(runs):
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         facts = {"student": student["name"], "model": own["model"], "loss": (own.get("soft") or {}).get("loss", "labels alone")}
         rows.append(facts | {"top-1 %": f"{statistics.fmean(values):.2f}{spread}", "seeds": len(values)})
-    teacher = first.get("teacher") or {}
-    if teacher:
-        taught = paper.taught_by(settings["teacher"])
-        rows.append(dict.fromkeys(rows[0], "") | {"student": "(teacher)", "model": taught, "top-1 %": shown(teacher["top1"])})
+    if any(own["soft"] for own in settings["students"]):
+        taught, top1 = paper.taught_by(settings["teacher"]), f"{first['teacher']['top1']:.2f}"
+        rows.append(dict.fromkeys(rows[0], "") | {"student": "(teacher)", "model": taught, "top-1 %": top1})
     charts = []
     for part, x, y, title in CURVES:
-        curves = [(name, own) for record in records for name, own in (record.get(part) or {}).items() if y in own]
-        series = [(name, [p for p in zip(own[x], own[y], strict=True) if None not in p]) for name, own in curves]
-        if series := [(name, points) for name, points in series if points]:
+        curves = [(name, points(own, x, y)) for record in records for name, own in (record.get(part) or {}).items()]
+        if series := [(name, curve) for name, curve in curves if curve]:
             charts.append(figure(chart(title, series, x)))
     share = settings["data"].get("fraction", 1.0)
     said = f"{name_of(*runs[0])}: {settings['epochs']:g} epochs" + (f", {100 * share:g} % of the images" if share != 1 else "")
     about = f"<p>{shown(settings['about'])}</p>" if settings.get("about") else ""
-    files = f"<p class=quiet>{shown([file for file, _ in runs])}</p>"
     charts = f'<div class="charts">{"".join(charts)}</div>'
-    return f"<h3>{shown(said)}</h3>{warning(*runs[0])}{about}{files}{table(rows, 'Last epoch, test images')}{charts}"
+    facts = "".join(itertools.starmap(made_by, runs))
+    return f"<h3>{shown(said)}</h3>{warning(*runs[0])}{about}{table(rows, 'Last epoch, test images')}{charts}{facts}"
+
+
+def made_by(file, record):
+    """What a number needs to be made again: a list, as commands are too long for a table."""
+    run = {key: record[key] for key in ("seed", "steps", "seconds", "precision") if record.get(key) is not None}
+    facts = {"command": record.get("command"), "commit": record.get("commit"), "run": run, "file": file}
+    facts |= {key: record.get(key) for key in ("hardware", "versions")}
+    return f"<dl>{''.join(f'<dt>{key}</dt><dd>{shown(value)}</dd>' for key, value in facts.items() if value)}</dl>"
 
 
 def name_of(file, record):
@@ -358,27 +376,6 @@ def warning(file, record):
     return f'<p class="warning">{shown(said)}</p>' if said else ""
 
 
-def benchmark(file, tree):
-    """A table of its rows, if it has some, and all else that it tells."""
-    rows = tree.get("rows")
-    parts = [f"<h3>{shown(tree.get('title') or Path(file).stem)}</h3>"]
-    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-        keys = list(dict.fromkeys(itertools.chain(*rows)))
-        parts.append(table([{key: row.get(key) for key in keys} for row in rows], file))
-        tree = {key: value for key, value in tree.items() if key != "rows"}
-    facts = [{"": key, "value": value} for key, value in tree.items() if key != "title"]
-    return "".join(parts) + table(facts, f"{file}: conditions")
-
-
-def provenance(runs):
-    rows = []
-    for file, record in runs:
-        facts = {"run": name_of(file, record), "students": [student["name"] for student in record["students"]]}
-        kept = ("seed", "steps", "seconds", "precision", "hardware", "versions", "commit", "command")
-        rows.append(facts | {key: record.get(key) for key in kept} | {"file": file})
-    return table(rows, "Every run")
-
-
 # ---------------------------------------------------------------- the page
 
 STYLE = """
@@ -393,16 +390,17 @@ p,ul{max-width:46rem;margin:.5rem 0}ul{padding-left:1.2rem}nav a{margin-right:1r
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:.2rem 0}
 th,td{padding:.25rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid #d5d9df;max-width:28rem}
-td.long{min-width:16rem;overflow-wrap:anywhere}
-td.number,th.number{text-align:right;white-space:nowrap}
+td.long{min-width:16rem;overflow-wrap:anywhere}dt{color:#5b6470}dd{margin:0;overflow-wrap:anywhere}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:0 .8rem;font-size:.8rem;margin:.8rem 0;max-width:60rem}
+.number{text-align:right;white-space:nowrap}.wide{overflow-x:auto}.wide svg{min-width:44rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1.2rem}
 figure{margin:0;break-inside:avoid}figure svg{display:block;width:100%;height:auto}
-.wide{overflow-x:auto}.wide svg{min-width:44rem}
 @media print{
 @page{margin:14mm}
 body{max-width:none;padding:0;font-size:10pt}nav{display:none}.box{overflow:visible}
 table{font-size:7.5pt}th,td,td.long{min-width:0;padding:.15rem .3rem}
-tr,.warning{break-inside:avoid}.wide svg{min-width:0}h2,h3,caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
+tr,.warning,dl{break-inside:avoid}dl{font-size:8pt}.wide svg{min-width:0}
+h2,h3,caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
 }
 """
 
@@ -410,13 +408,12 @@ tr,.warning{break-inside:avoid}.wide svg{min-width:0}h2,h3,caption{break-after:a
 def page(results):
     """The whole report as HTML text."""
     whole = [record for _, record in results.runs if record.get("limit") is None]
+    notes = "".join(f"<p>{shown(file)}: {shown(note)}</p>" for file, note in results.notes)
     sections = {
         "Against the paper": results.runs and against_paper(whole),
         "Data scale": results.runs and data_scale(whole),
         "Similarity of layers": results.maps and similarity(results.maps),
-        "Training": results.runs and training(results.runs),
-        "Benchmarks": "".join(benchmark(*entry) for entry in results.benchmarks),
-        "Where the numbers come from": results.runs and provenance(results.runs),
+        "Training": results.runs and notes + training(results.runs),
     }
     sections = {title: part for title, part in sections.items() if part}
     links = "".join(f'<a href="#s{i}">{title}</a>' for i, title in enumerate(sections))
@@ -432,12 +429,12 @@ def page(results):
 def counted(results):
     trials = sum(record.get("limit") is not None for _, record in results.runs)
     facts = [(len(results.runs) - trials, "finished run"), (trials, "trial"), (len(results.maps), "heat map")]
-    return ", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in [*facts, (len(results.benchmarks), "benchmark")] if n) + "."
+    return ", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in facts if n) + "."
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", metavar="RESULTS", help="JSON files of runs, heat maps and benchmarks")
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="JSON files of runs and heat maps")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, say report.html")
     args = parser.parse_args(arguments)
     try:

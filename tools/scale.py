@@ -138,11 +138,16 @@ def draw(rows, bars):
     heading = f"Top-1 of DKD and DIST minus vanilla KD's, percentage points ({'; '.join(epochs)})"
     below = "dashed, weak: crop and flip; strong: with RandAugment, mixup, cutmix; bars: standard deviation over seeds"
     parts += [text(20, 26, heading, "start", size=15), text(20, 46, below, "start")]
+    return svg(WIDTH, HEIGHT, heading, parts)
+
+
+def svg(width, height, title, parts):
+    """A figure that is a file or stands in a page; `title` is what a screen reader says."""
     body = "\n".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" role="img">\n'
-        f"<title>{html.escape(heading)}</title>\n"
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>\n{body}\n</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" role="img">\n'
+        f"<title>{html.escape(title)}</title>\n"
+        f'<rect width="{width}" height="{height}" fill="white"/>\n{body}\n</svg>\n'
     )
 
 
