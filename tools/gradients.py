@@ -89,8 +89,8 @@ def learn(network, images, steps, loss):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for case in CASES:
-        parser.add_argument(f"--{case}", metavar="DIR", help=f"the data of {CASES[case][0]}")
+    parser.add_argument("--cifar", metavar="DIR", help=f"the data of {CASES['cifar'][0]}")
+    parser.add_argument("--imagenet", metavar="DIR", help=f"the data of {CASES['imagenet'][0]}")
     parser.add_argument("--teacher", metavar="DIR", help="an exported student as the teacher on CIFAR, instead of a quick one")
     parser.add_argument("--steps", type=int, default=40, help="of the teacher, and of the student (default: 40)")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the rows there, too")
