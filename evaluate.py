@@ -1,21 +1,22 @@
-"""Accuracy of a classifier: two functions for the training loop, one command for people.
+"""Accuracy of a classifier: functions for the training loop, and a command line.
 
-    python evaluate.py runs/quickstart                                     # a run's folder: all its students
-    python evaluate.py runs/prev_cifar_res20_res56/students/kd --data DIR  # an exported student
-    python evaluate.py resnet56.pth --model cifar_resnet56 --data DIR      # a checkpoint file of a timm model
+    python evaluate.py runs/quickstart                                 # a run's folder: all its students
+    python evaluate.py runs/quickstart/students/kd --data DIR          # an exported student
+    python evaluate.py resnet56.pth --model cifar_resnet56 --data DIR  # a checkpoint file of a timm model
     python evaluate.py runs/a1_res50_beitb resnet50.a1_in1k --on imagenet real v2 --data DIR --v2 DIR
 
-Top-1 and top-5 in per cent and the number of images, as a table, or with --json as JSON. Images are counted once each,
-whatever the number of processes, and decoded once for all checkpoints that want them prepared alike; ImageNet and
-ImageNet-ReaL share their forward passes, too. The metric is a `Metric` of the Hugging Face package `evaluate`, offline.
+Top-1 and top-5 in per cent and the number of images, as a table, or with --json as JSON. Every image counts
+once, whatever the number of processes, and is decoded once for all checkpoints that want it prepared alike;
+ImageNet and ImageNet-ReaL share their forward passes. How images are prepared is told on the error output.
+The metric is a `Metric` of the Hugging Face package `evaluate`, offline.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import sys
-import types
 from pathlib import Path
 
 import datasets
@@ -24,35 +25,37 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from timm.data import RealLabelsImagenet
+from timm.data import ImageNetInfo, RealLabelsImagenet
 
 import data
 import models
 import recipe
+import sources
 
 
 def import_hf_evaluate():
     """The package `evaluate`, although this file of the same name comes first on sys.path.
 
-    The package imports itself by its absolute name, so no alias works. It needs the name only while it is imported: this
-    folder leaves sys.path and this module sys.modules for that long, and `import evaluate` goes on meaning this file.
+    The package imports itself by its absolute name, so no alias works. It needs the name only while it is
+    imported. Until then this folder is not on sys.path, and this module not in sys.modules.
     """
-    here, path, own = Path(__file__).resolve().parent, sys.path[:], sys.modules.pop("evaluate", None)
+    here, path = Path(__file__).resolve().parent, sys.path[:]
+    this_module = sys.modules.pop("evaluate", None)
     sys.path[:] = [p for p in path if Path(p or ".").resolve() != here]
     try:
         return importlib.import_module("evaluate")
     finally:
         sys.path[:] = path
         sys.modules.pop("evaluate", None)
-        if own is not None:
-            sys.modules["evaluate"] = own
+        if this_module is not None:
+            sys.modules["evaluate"] = this_module
 
 
 hf_evaluate = import_hf_evaluate()
 
 
 class TopK(hf_evaluate.Metric):
-    """Share of rows with a right class among the first k of `predictions` (class ids, best first), in per cent.
+    """Per cent of rows with a right class among the first k of `predictions` (class ids, best first).
 
     A row's reference is the list of its right classes: one, or with ImageNet-ReaL several.
     """
@@ -67,22 +70,24 @@ class TopK(hf_evaluate.Metric):
         )
 
     def _compute(self, predictions, references, ks=(1, 5)):
-        hits = np.array([np.isin(best, right) for best, right in zip(predictions, references, strict=True)])  # [n, largest k]
+        rows = zip(predictions, references, strict=True)
+        hits = np.array([np.isin(best, right) for best, right in rows])  # [n, largest k]
         return {f"top{k}": round(100 * float(hits[:, :k].any(axis=1).mean()), 4) for k in ks}
 
 
 def accuracy(networks, loader, accelerator, limit=None):
-    """[{"top1", "top5" in per cent, "n" images}] of each network over the images of all processes; see `predict`."""
+    """[{"top1", "top5" in per cent, "n" images}] of each network: see `predict` for the arguments."""
     _, labels, best = predict(networks, loader, accelerator, limit)
-    return [score(own, [[label] for label in labels]) for own in best]
+    return [score(ids, [[label] for label in labels]) for ids in best]
 
 
 @torch.no_grad()
 def predict(networks, loader, accelerator, limit=None):
-    """(index, label, five best class ids of each network) of the images of all processes, from one pass over `loader`.
+    """(index, label, five best class ids of each network) of the images of all processes, from one pass.
 
-    networks: images in [0, 1] -> logits [B, K]; they are left in the mode they came in. `loader` yields (uint8 images,
-    labels, index), each image on one process only; shares may differ in size. `limit`: batches to read, for a trial.
+    networks: images in [0, 1] -> logits [B, K]; they are left in the mode they came in. `loader` yields
+    (uint8 images, labels, index), each image on one process only; shares may differ in size. `limit`: batches
+    to read, for a trial. Raises DataError where there are no images.
     """
     training = [network.training for network in networks]
     for network in networks:
@@ -96,32 +101,34 @@ def predict(networks, loader, accelerator, limit=None):
         for network in networks:
             with accelerator.autocast():
                 logits = network(images)
-            # ids, not logits, and of float32 logits: 100 times smaller to hand on, and bfloat16 ties would move the figure
+            # ids: 100 times smaller to gather than logits; float32: in bfloat16 ties would change the score
             best.append(logits.float().topk(min(5, logits.shape[1])).indices.tolist())
         rows += zip(index.tolist(), labels.tolist(), *best, strict=True)
     for network, mode in zip(networks, training, strict=True):
         network.train(mode)
+
     rows = gather_object(rows)  # shares of unequal size: nothing is padded, so nothing is counted twice
     if not rows:
-        raise data.DataError("there are no images to evaluate on")
+        raise sources.DataError("there are no images to evaluate on")
     index, labels, *best = zip(*rows, strict=True)
     return index, labels, best
 
 
 def score(best, right):
-    """{"top1", "top5", "n"} of class ids (best first) against each image's right ones; images without any do not count.
+    """{"top1", "top5", "n"} of class ids (best first) against each image's right ones.
 
-    With fewer than 5 classes "top5" is 100.
+    Images without right ones do not count. With fewer than 5 classes "top5" is 100.
     """
     rows = [(b, r) for b, r in zip(best, right, strict=True) if r]
     if not rows:
         return {"top1": float("nan"), "top5": float("nan"), "n": 0}
-    metric = TopK(keep_in_memory=True)
-    return {**metric.compute(predictions=[b for b, _ in rows], references=[r for _, r in rows]), "n": len(rows)}
+    predictions, references = zip(*rows, strict=True)
+    shares = TopK(keep_in_memory=True).compute(predictions=predictions, references=references)
+    return {**shares, "n": len(rows)}
 
 
 def real_labels():
-    """{number of an ImageNet validation image: its right classes, maybe none}: ImageNet-ReaL, as timm packages it.
+    """{number of an ImageNet validation image: its right classes, maybe none}: ImageNet-ReaL, from timm.
 
     Beyer et al., "Are we done with ImageNet?", 2020: 46,837 of the 50,000 images have labels.
     """
@@ -141,40 +148,15 @@ def table(rows):
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     numeric = [all(isinstance(row[key], (int, float)) for row in rows) for key in rows[0]]
     align = [str.rjust if n else str.ljust for n in numeric]
-    return "\n".join("  ".join(a(c, w) for a, c, w in zip(align, line, widths, strict=True)).rstrip() for line in lines)
+    padded = [[a(c, w) for a, c, w in zip(align, line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 # ---------------------------------------------------------------- command line
 
 IMAGENET = "ILSVRC/imagenet-1k"
 V2 = "https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/imagenetv2-matched-frequency.tar.gz"
-
-
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="a run's folder, an exported student, a .safetensors or .pth file, or the timm name of pretrained weights",
-    )
-    parser.add_argument("--model", help="timm name of the network in a checkpoint file")
-    parser.add_argument("--data", help="folder of the data set (parquet, or class folders), a name on the hub, or digits")
-    parser.add_argument(
-        "--on", nargs="+", choices=("imagenet", "real", "v2"), help="ImageNet-1K validation, the same with ReaL labels, V2"
-    )
-    parser.add_argument("--v2", metavar="DIR", help="ImageNet-V2: its folder (class folders 0 to 999) or name on the hub")
-    parser.add_argument("--batch-size", type=int, default=256, help="per process (default: 256)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes per process (default: 2)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args(arguments)
-    accelerator = Accelerator()
-    try:
-        rows = evaluate(args, accelerator)
-    except (recipe.RecipeError, data.DataError, models.ModelError) as error:
-        accelerator.print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    accelerator.print(json.dumps(rows, indent=2) if args.json else table(rows))
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,97 +174,212 @@ class TestData:
     interpolation: str
 
 
-def evaluate(args, accelerator):
-    """One row of scores for each network and result. Networks that want the same images share one pass over them."""
-    found = [entry for path in args.checkpoints for entry in _networks(path, args)]
-    passes = {}
-    for name, network, wanted in found:
-        for results, section in wanted:
-            if network.model.num_classes != section.classes:
-                classes = f"{network.model.num_classes} classes, {section.source} has {section.classes}"
-                raise models.ModelError(f"{name} has {classes}")
-            passes.setdefault((results, section), {})[name] = network.to(accelerator.device)
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    what = "a run's folder, an exported student, a .safetensors or .pth file, or timm's name of weights"
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help=what)
+    add("--model", help="timm name of the network in a checkpoint file")
+    add("--data", help="folder of the data set (parquet, or class folders), a name on the hub, or digits")
+    sets = "ImageNet-1K validation, the same with ReaL labels, V2"
+    add("--on", nargs="+", default=[], choices=("imagenet", "real", "v2"), help=sets)
+    add("--v2", metavar="DIR", help="ImageNet-V2: its folder (class folders 0 to 999) or name on the hub")
+    add("--size", type=int, help="pixels of the images (default: as in the training, else timm's)")
+    add("--crop-pct", type=float, help="resize to size / crop_pct, then crop the centre (default: likewise)")
+    add("--interpolation", choices=INTERPOLATIONS, help="of that resizing (default: likewise)")
+    add("--batch-size", type=int, default=256, help="per process (default: 256)")
+    add("--workers", type=int, default=2, help="loader processes per process (default: 2)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args(arguments)
+
+    accelerator = Accelerator()
+    changes = {"size": args.size, "crop_pct": args.crop_pct, "interpolation": args.interpolation}
+    choose = functools.partial(test_sets, source=args.data, on=args.on, v2=args.v2, changes=changes)
+    loading = dict(batch_size=args.batch_size, workers=args.workers)
+    try:
+        networks = [entry for path in args.checkpoints for entry in open_networks(path, args.model, choose)]
+        rows = evaluate(networks, accelerator, is_imagenet=bool(args.on), **loading)
+    except (recipe.RecipeError, sources.DataError, models.ModelError) as error:
+        accelerator.print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    accelerator.print(json.dumps(rows, indent=2) if args.json else table(rows))
+
+
+def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers):
+    """One row of scores for each network and result. Networks that want the same images share one pass.
+
+    networks: those of `open_networks`. How images are prepared, and where classes were matched by name, is
+    told on the error output.
+    """
+    passes, order = {}, []
+    for name, network, sets in networks:
+        for results, section in sets:
+            section, ids = match_classes(name, network, section, is_imagenet)
+            passes.setdefault((results, section), []).append((name, network.to(accelerator.device), ids))
+            order += [(name, result, section) for result in results]
+            for note in notes(network, section, ids):
+                accelerator.print(f"{name}: {note}", file=sys.stderr)
+
     scores = {}
     for (results, section), members in passes.items():
-        place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=args.workers)
-        loader = data.test_loader(section, batch_size=args.batch_size, numbered="real" in results, **place)
-        index, labels, best = predict(list(members.values()), loader, accelerator)
+        real = real_labels() if is_imagenet and "real" in results else None
+        place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=workers)
+        loader = data.test_loader(section, batch_size=batch_size, numbered=real is not None, **place)
+        index, labels, best = predict([network for _, network, _ in members], loader, accelerator)
         for result in results:
-            real = real_labels() if result == "real" else None
-            right = [real[i] for i in index] if real else [[label] for label in labels]
-            scores |= {(name, result): score(own, right) for name, own in zip(members, best, strict=True)}
-    rows = [(name, result, section) for name, _, wanted in found for results, section in wanted for result in results]
+            right = [[label] for label in labels]
+            if real and result == "real":
+                right = [real[i] for i in index]
+            for (name, _, ids), answers in zip(members, best, strict=True):
+                scores[name, result] = score(answers, [[ids[i] for i in row] for row in right])
     return [
         {"checkpoint": name, "data": result, "split": section.test_split, **scores[name, result]}
-        for name, result, section in rows
+        for name, result, section in order
     ]
 
 
-def _networks(path, args):
-    """(name, network, [(results, TestData)]) of a folder's exported students, of a checkpoint file, of a timm tag."""
+def notes(network, section, ids):
+    """Lines that say how a network gets its test images, and how their classes were matched."""
+    statistics = ", ".join(f"{key} {value}" for key, value in network.statistics.items())
+    resizing = f"size {section.size}, crop_pct {section.crop_pct}, interpolation {section.interpolation}"
+    yield f"{section.source} prepared with {resizing}, {statistics}"
+    total = network.model.num_classes
+    if ids != list(range(total)):
+        matched = f"{section.source} has {len(ids)} of the network's {total} classes, matched by name"
+        yield f"{matched}; the network may answer with any of them"
+
+
+# ---------------------------------------------------------------- which networks, which images
+
+
+def open_networks(path, model, choose):
+    """(name, network, test sets) of a folder's exported students, a file with weights of `model`, a timm tag.
+
+    choose: (name, timm configuration, recipe.Data of the recipe that trained it or None) -> test sets.
+    """
     if Path(path).is_dir():
-        for student in _students(Path(path)):
-            network, config = models.load_exported(student)
-            run = student.parent.parent / "recipe.json"
-            own = recipe.load(run).data if run.is_file() else None
-            yield str(student), network, _wanted(student, own or _prepared(config), own, args)
+        for folder in exported_students(Path(path)):
+            network, config = models.load_exported(folder)
+            file = folder.parent.parent / "recipe.json"
+            trained_on = recipe.load(file).data if file.is_file() else None
+            sets = choose(str(folder), config, trained_on)
+            models.check_forward(network, str(folder), network.model.num_classes, sets[0][1].size)
+            yield str(folder), network, sets
         return
-    is_tag = not Path(path).exists() and timm.is_model(path)
-    if not is_tag and not args.model:
-        what = "name the network in this file with --model" if Path(path).exists() else "not a folder, a file or a timm tag"
-        raise models.ModelError(f"{path}: {what}")
-    model = path if is_tag else args.model
+
+    exists = Path(path).exists()
+    is_tag = not exists and timm.is_model(path)
+    if not is_tag and not model:
+        hint = (
+            "name the network in this file with --model" if exists else "not a folder, a file or a timm tag"
+        )
+        raise models.ModelError(f"{path}: {hint}")
+    model = path if is_tag else model
     models.check_name(model)
     config = models.pretrained_config(model) if is_tag else timm.get_pretrained_cfg(model).to_dict()
-    wanted = _wanted(path, _prepared(config), None, args)
-    section = wanted[0][1]
+    sets = choose(path, config, None)
+    section, trained_size = sets[0][1], config["input_size"][-1]
     if is_tag:
-        models.check_pretrained(model, classes=section.classes, size=section.size)
+        models.check_pretrained(model, classes=section.classes, size=trained_size)
+    resized = config.get("fixed_input_size") and section.size != trained_size
+    model_args = {"img_size": section.size} if resized else {}
     weights = dict(pretrained=True) if is_tag else dict(checkpoint=path)
-    yield path, models.build(model, classes=section.classes, size=section.size, **weights), wanted
+    shape = dict(classes=section.classes, size=section.size, model_args=model_args)
+    yield path, models.build(model, **shape, **weights), sets
 
 
-def _students(folder):
-    """The exported students in a folder: the folder itself, or those of the runs below it."""
+def exported_students(folder):
+    """The folders of exported students: the folder itself, or those of the runs in it."""
     if (folder / "config.json").is_file():
         return [folder]
-    found = sorted(config.parent for config in folder.glob("**/students/*/config.json"))
-    if not found:
-        raise models.ModelError(f"{folder}: no finished student in this folder (no config.json, no students/*/config.json)")
-    return found
+    students = sorted(config.parent for config in folder.glob("**/students/*/config.json"))
+    if not students:
+        where = "no config.json, no students/*/config.json"
+        raise models.ModelError(f"{folder}: no finished student in this folder ({where})")
+    return students
 
 
-def _prepared(config):
-    """How timm's configuration of a network wants its images."""
-    keys = ("crop_pct", "interpolation")
-    return types.SimpleNamespace(size=config["input_size"][-1], **{key: config[key] for key in keys})
+def test_sets(name, config, trained_on, *, source, on, v2, changes):
+    """[(results, TestData)]: the ImageNet sets in `on`, or `source`, or what the network was trained on.
 
+    trained_on: recipe.Data or None; for config and changes see `preprocessing`.
+    """
+    prepared = preprocessing(name, config, trained_on, changes)
+    sets = []
+    if "imagenet" in on or "real" in on:
+        results = tuple(result for result in ("imagenet", "real") if result in on)
+        imagenet = source or (trained_on and trained_on.source) or IMAGENET
+        sets.append((results, _test_data(imagenet, prepared, 1000)))
+    if "v2" in on:
+        if not v2:
+            hint = f"name its folder (or its name on the hub) with --v2; it is at {V2}"
+            raise sources.DataError(f"ImageNet-V2: {hint}")
+        sets.append((("v2",), _test_data(v2, prepared, 1000)))
+    if on:
+        return sets
 
-def _wanted(name, prepared, own, args):
-    """[(results, TestData)]: the sets of --on, or the data of the network's own recipe, or --data."""
-    if args.on:
-        results, wanted = tuple(r for r in ("imagenet", "real") if r in args.on), []
-        if results:
-            wanted.append((results, _test_data(args.data or (own and own.source) or IMAGENET, prepared, 1000)))
-        if "v2" in args.on:
-            if not args.v2:
-                raise data.DataError(f"ImageNet-V2: name its folder (or its name on the hub) with --v2; it is at {V2}")
-            wanted.append((("v2",), _test_data(args.v2, prepared, 1000)))
-        return wanted
-    if own:
-        values = {field.name: getattr(own, field.name) for field in dataclasses.fields(TestData)}
-        section = TestData(**values | {"source": args.data or own.source})
-    elif args.data:
-        section = _test_data(args.data, prepared)
+    if trained_on:
+        fields = {field.name: getattr(trained_on, field.name) for field in dataclasses.fields(TestData)}
+        section = TestData(**fields | prepared | {"source": source or trained_on.source})
+    elif source:
+        section = _test_data(source, prepared)
     else:
-        raise models.ModelError(f"{name}: no recipe.json beside it says which data to use: name it with --data")
+        missing = "no recipe.json beside it says which data to use: name it with --data"
+        raise models.ModelError(f"{name}: {missing}")
     return [((section.source,), section)]
 
 
+def preprocessing(name, config, trained_on, changes):
+    """{"size", "crop_pct", "interpolation"}: those of the training, else of timm's configuration, changed."""
+    values = dict(size=config["input_size"][-1], crop_pct=config["crop_pct"])
+    values["interpolation"] = config["interpolation"]
+    if trained_on:
+        values = {key: getattr(trained_on, key) for key in values}
+    values |= {key: value for key, value in changes.items() if value is not None}
+
+    size, crop_pct, interpolation = values.values()
+    valid = isinstance(size, int) and size > 0 and isinstance(crop_pct, (int, float)) and 0 < crop_pct <= 1
+    if not valid or interpolation not in INTERPOLATIONS:
+        expected = f"expected pixels, a crop_pct in (0, 1], and one of {', '.join(INTERPOLATIONS)}"
+        raise models.ModelError(f"{name}: images cannot be prepared with {values}: {expected}")
+    return values
+
+
 def _test_data(source, prepared, classes=None):
-    columns = data.describe(source)
-    preprocessing = dict(size=prepared.size, crop_pct=prepared.crop_pct, interpolation=prepared.interpolation)
-    return TestData(**columns | preprocessing | {"source": source, "classes": classes or columns["classes"]})
+    fields = sources.evaluation_fields(source)
+    return TestData(**fields | prepared | {"source": source, "classes": classes or fields["classes"]})
+
+
+def match_classes(name, network, section, is_imagenet):
+    """(section, class ids): a network's class id for each class id of the data; by name where both have any.
+
+    The section gets the number of classes of its source, which may be a part of the network's. Raises
+    ModelError for a network that does not know the classes of the data.
+    """
+    known, wanted = models.label_names(network), None
+    if known and is_imagenet:
+        wanted = ImageNetInfo().label_names()
+    elif known:
+        section = dataclasses.replace(section, classes=_count_classes(section))
+        wanted = sources.open_split(section, section.test_split).names
+    total = network.model.num_classes
+    if not wanted and total != section.classes:
+        raise models.ModelError(f"{name} has {total} classes, {section.source} has {section.classes}")
+    try:
+        return section, models.match_classes(known, wanted) if wanted else list(range(total))
+    except models.ModelError as error:
+        raise models.ModelError(f"{name} on {section.source}: {error}") from error
+
+
+def _count_classes(section):
+    if section.classes == 1000:  # sources.class_ids knows the places of a part of ImageNet's classes
+        return 1000
+    try:
+        return sources.evaluation_fields(section.source)["classes"] or section.classes
+    except sources.DataError:  # a source whose splits only the recipe names
+        return section.classes
 
 
 if __name__ == "__main__":

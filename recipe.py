@@ -1,219 +1,223 @@
-"""A run's settings: strict, typed, frozen; JSON in, JSON out. Standard library only.
+"""A run's settings as frozen, strictly typed pydantic dataclasses, read from JSON and written to JSON.
 
     recipe = load("recipes/quickstart.json", ["epochs=5", "students.kd.lr=0.1"])
 
-The dataclasses below are the whole format. Every key must be there and nothing else may be: only what cannot change
-accuracy has a default. A file's errors are reported all at once, each with its path, what was found and what was
-expected. Which models, optimizers and losses exist is known elsewhere and checked by train.py before any work starts.
+The dataclasses below are the whole format. Unknown keys are refused. Keys without effect on accuracy have a
+default, all others must be given. All errors of a file are reported at once: the path, what was expected and
+what was given. The names of models, optimizers and losses are checked by train.py before any work starts.
 """
 
 import collections
-import contextlib
 import dataclasses
 import difflib
 import json
 import math
-import os
 import re
-import types
-import typing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-MAX_BYTES, MAX_DEPTH = 2**20, 32  # a recipe is a page: anything larger is a mistake or an attack
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticKnownError
+
+MAX_BYTES = 2**20  # a recipe is a page: a larger file is a mistake or an attack
+MAX_DEPTH = 32
+MAX_INTEGER = 2**63 - 1
+
+REMOVED = {  # removed option: (the value that changes nothing, what to do instead)
+    ("data", "rand_augment_on"): ("cpu", "RandAugment runs on the CPU, in loader workers: leave the key out"),
+    ("teacher", "memo"): (None, "all students share one forward pass of the teacher: leave the key out"),
+}
 
 
 class RecipeError(Exception):
-    """Bad input from the user: the message says what, where, what was expected. Scripts print it and exit with code 2."""
+    """Bad input: the message says where and what was expected. Scripts print it and exit with code 2."""
 
 
-@dataclass(frozen=True)
-class Bounds:
-    low: float
-    high: float = math.inf
-
-    def __str__(self):
-        return f">= {self.low:g}" if self.high == math.inf else f"from {self.low:g} to {self.high:g}"
+def _exact(value):
+    """Refuse an integer that its float may not equal."""
+    if type(value) is int and abs(value) >= 2**53:
+        raise PydanticKnownError("float_type")
+    return value
 
 
-@dataclass(frozen=True)
-class Matches:
-    pattern: str
-    words: str
+T = TypeVar("T")
+Count = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+Whole = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Real = Annotated[float, BeforeValidator(_exact)]
+Number = Annotated[Real, Field(ge=0)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Text = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[tuple[T, ...], Field(min_length=1)]
+Pair = Annotated[tuple[T, ...], Field(min_length=2, max_length=2)]
+
+section = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 
 
-Count = Annotated[int, Bounds(1)]
-Whole = Annotated[int, Bounds(0)]
-Number = Annotated[float, Bounds(0)]
-Share = Annotated[float, Bounds(0, 1)]
-Name = Annotated[
-    str, Matches(r"[a-z0-9][a-z0-9._-]{0,63}", "a name of a-z, 0-9, '.', '_', '-' (at most 64, first a letter or digit)")
-]
-Text = Annotated[str, Matches(r"(?s).+", "a text that is not empty")]
-
-
-@dataclass(frozen=True, kw_only=True)
+@section
 class Milestones:
     """lr * factor ** (number of milestones reached); milestones are epochs, counted from 0."""
 
     kind: Literal["milestones"]
-    milestones: tuple[Count, ...]
+    milestones: NonEmpty[Count]
     factor: Share
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class Cosine:
-    """Linear warm-up from warmup_lr, then a cosine over the whole run down to min_lr, moved once per epoch or per step."""
+    """Linear warm-up from warmup_lr, then a cosine over the whole run down to min_lr."""
 
     kind: Literal["cosine"]
     warmup_epochs: Whole
     warmup_lr: Number
     min_lr: Number
-    per: Literal["epoch", "step"]
+    per: Literal["epoch", "step"]  # how often the learning rate is set
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class PadCrop:
-    """Zero-pad by `padding` pixels, crop `size` at random: images that already have the training size (CIFAR, digits)."""
+    """Zero-pad by `padding` pixels, then crop `size` at random: for images of the training size."""
 
     kind: Literal["pad"]
     padding: Whole
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class ResizedCrop:
-    """Inception-style random resized crop: a share `scale` of the area, an aspect in `ratio`, resized to `size`."""
+    """Inception-style random crop: a share `scale` of the area, an aspect in `ratio`, resized to `size`."""
 
     kind: Literal["resized"]
-    scale: tuple[Share, Share]
-    ratio: tuple[Number, Number]
+    scale: Pair[Share]
+    ratio: Pair[Number]
     interpolation: Literal["random", "bilinear", "bicubic"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class Data:
-    source: Text  # "digits", a data set's name on the hub, or a folder; `--data DIR` sets it
+    source: Text  # "digits", a data set on the Hugging Face hub, or a folder; `--data DIR` sets it
     train_split: Text
     test_split: Text
     image: Text  # column
     label: Text  # column
-    classes: Annotated[int, Bounds(2)]
-    train_size: Count | None  # images in the training split: checked where known, needed where streamed
+    classes: Annotated[int, Field(ge=2, le=MAX_INTEGER)]
+    train_size: Count | None  # images of the training split: compared with the data, needed for a stream
     streaming: bool
-    shuffle_buffer: Whole  # images held back to shuffle a stream; 0 for memory-mapped data, which is shuffled whole
+    shuffle_buffer: Whole  # images held to shuffle a stream; 0 for other data, which is shuffled whole
     size: Count  # pixels, square
-    crop: PadCrop | ResizedCrop
+    crop: Annotated[PadCrop | ResizedCrop, Field(discriminator="kind")]
     hflip: Share
     rand_augment: Text | None  # timm's notation, "rand-m7-mstd0.5"
-    repeats: Count  # crops of one image in a step (repeated augmentation); an epoch keeps its length and sees fewer images
+    repeats: Count  # crops of an image in a step (repeated augmentation); epochs keep their length
     random_erasing: Share  # probability that noise covers a part of an image
     mixup: Number  # alpha of the Beta distribution; 0: off
-    cutmix: Number
+    cutmix: Number  # likewise
     drop_last: bool
-    crop_pct: Annotated[float, Bounds(0.01, 1)]  # evaluation: resize to size / crop_pct, centre crop
+    crop_pct: Annotated[Real, Field(ge=0.01, le=1)]  # evaluation: resize to size / crop_pct, centre crop
     interpolation: Literal["bilinear", "bicubic"]  # evaluation
     max_broken: Share = 0.001  # share of the training images that may be broken before the run stops
-    fraction: Annotated[float, Bounds(1e-4, 1)] = 1.0  # of each class: train on so many of its images, the same for all seeds
-    pipeline: Literal["fast", "timm"] = "timm"  # of crop 'resized'; timm: to the byte. fast: the same draws, other arithmetic
-    rand_augment_on: Literal["cpu", "device"] = "cpu"  # device: workers crop, the batch is augmented where it is trained on
-    resident: bool = False  # the whole set on the device as one tensor, cropped and flipped there; small images, crop 'pad'
+    fraction: Annotated[Real, Field(ge=1e-4, le=1)] = 1.0  # of each class, the same images for all seeds
+    pipeline: Literal["fast", "timm"] = "timm"  # of crop 'resized'. fast: same random numbers, other rounding
+    resident: bool = False  # the whole set as one tensor on the device, cropped there; needs crop 'pad'
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class Teacher:
-    """One of: `recipe` (the student which that recipe trains), `checkpoint` of `model`, `pretrained` weights of `model`.
+    """One of: `recipe` (its only student), `checkpoint` of `model`, `pretrained` weights of `model`.
 
-    With none of them `model` is untrained, which train.py accepts for a trial only.
+    With none of them `model` has random weights, which train.py accepts for a trial only.
     """
 
     model: Text | None = None
     model_args: dict | None = None
-    size: Count | None = None  # pixels; the batch is resized to it on the device. null: it sees the batch as it is
-    taps: tuple[Whole, ...] | None = (
-        None  # for losses on features: indices of timm's forward_intermediates. null: see models.py
-    )
+    size: Count | None = None  # pixels; batches are resized to it on the device. null: they are not resized
+    taps: NonEmpty[Whole] | None = None  # indices of timm's forward_intermediates. null: see models.py
     preactivation: bool = False  # features from before the last activation of their stage (ResNets)
     pretrained: bool = False
     checkpoint: Text | None = None
     recipe: Text | None = None
-    mean: tuple[float, ...] | None = None  # null: the network's own, from its timm configuration
-    std: tuple[float, ...] | None = None
-    precision: Literal["fp32", "bf16", "fp16"] | None = None  # of its forward; null: as `accelerate launch` says
-    memo: Literal["device", "disk"] | None = None  # where its logits for each crop of each image are remembered; needs resident
+    mean: NonEmpty[Real] | None = None  # null: mean and std of the network's timm configuration
+    std: NonEmpty[Real] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None  # null: that of `accelerate launch`
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class Hard:
-    loss: Text  # losses.LABEL_LOSSES
+    loss: Text  # a name of losses.LABEL_LOSSES
     weight: Number
     smoothing: Share
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class Soft:
-    loss: Text  # losses.LOSSES
+    loss: Text  # a name of losses.LOSSES
     weight: Number
     warmup_epochs: Whole  # weight * min((epoch + 1) / warmup_epochs, 1); 0: constant
     args: dict  # the loss's hyper-parameters by name
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class Student:
     name: Name
     model: Text
     model_args: dict  # passed to timm.create_model
     pretrained: bool
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    mean: NonEmpty[Real] | None = None  # as the teacher's
+    std: NonEmpty[Real] | None = None
     optimizer: Text  # timm's name
     optimizer_args: dict
     lr: Number
     weight_decay: Number
     decay_norm_and_bias: bool  # weight decay on 1-D parameters and biases too
-    clip_grad: Number | None  # global norm
-    ema: Share | None  # decay of a running average of the weights, evaluated and exported beside them
+    clip_grad: Number | None  # largest global norm of the gradient
+    ema: Share | None  # decay of a running average of the weights, which is evaluated and exported too
     hard: Hard
-    soft: Soft | None  # null: labels alone
-    taps: tuple[Whole, ...] | None = None  # as the teacher's
+    soft: Soft | None  # null: trained on labels alone
+    taps: NonEmpty[Whole] | None = None  # as the teacher's
     preactivation: bool = False
-    grad_checkpointing: bool = False  # blocks run again in backward instead of keeping activations: less memory, same numbers
-    paper: dict | None = None  # the table cell that this student reproduces, for tools/ and the reader
+    grad_checkpointing: bool = False  # recompute activations in backward: less memory, the same numbers
+    paper: dict | None = None  # the table cell of the paper that this student reproduces, for tools/
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class Recipe:
     about: Text
     seed: Whole
     runs: Count = 1  # repeat with seeds seed, seed + 1, ... and report mean and spread
     epochs: Count
     batch_size: Count  # images per optimizer step, over all processes
-    batch_size_per_process: Count  # what DIST, CC, RKD and CRD see; the rest is gradient accumulation
-    schedule: Milestones | Cosine
+    batch_size_per_process: Count  # what DIST, CC, RKD and CRD compare; the rest is gradient accumulation
+    schedule: Annotated[Milestones | Cosine, Field(discriminator="kind")]
     data: Data
     teacher: Teacher | None
-    students: tuple[Student, ...]
+    students: NonEmpty[Student]
     log_every: Count = 50  # steps
     evaluate_every: Count = 1  # epochs
     save_every: Count | None = None  # steps; null: once an epoch
 
 
 def load(path, overrides=()):
-    """Recipe from a JSON file, with `path=value` overrides (values are JSON, or else text) through the same checks.
+    """Recipe from a JSON file, with `path=value` overrides (JSON values, else text) through the same checks.
 
-    Raises RecipeError naming the file, the path in it, what was found, what was expected and the nearest known key.
+    Raises RecipeError with all errors, each with the file, the path in it, what was expected and was given.
     """
-    where, errors = str(path), []
     tree = read_json(path)
+    drop_removed(tree)
+
+    errors = []
     for override in overrides:
         problem = _apply(tree, override)
         if problem:
-            errors.append(f"--set {override}: {problem}")
-    recipe = _build(Recipe, tree, "", errors)
+            errors.append(f"--set {_printable(override)}: {problem}")
+
+    for loc, node in _walk(tree):
+        errors += [_at(loc, f"duplicate key {_show(key)}") for key in getattr(node, "repeated", ())]
+    recipe, faults = _validate(tree)
+    errors += faults
     if not errors:
         errors = list(_contradictions(recipe))
     if errors:
-        raise RecipeError("\n".join(f"{where}: {error}" for error in errors))
+        raise RecipeError("\n".join(f"{_printable(path)}: {error}" for error in errors))
     return recipe
 
 
@@ -222,80 +226,76 @@ def dump(recipe):
     return json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
 
 
-def write_atomic(path, text):
-    """Write a file so that a reader, or a crash at any moment, sees the old text or the new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+def drop_removed(tree):
+    """Delete removed options from a recipe as JSON, in place, where their value changes nothing."""
+    for (name, key), (harmless, _) in REMOVED.items():
+        fields = tree.get(name) if isinstance(tree, dict) else None
+        if isinstance(fields, dict) and fields.get(key, ...) == harmless:
+            del fields[key]
 
 
-def sync_directory(path):
-    """Make renames inside a directory survive a power cut; not every file system can, and none must fail for it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def nearest(word, known):
+    """ ", did you mean 'x'?" for the known word that is most like `word`, "" if none is like it."""
+    matches = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {matches[0]!r}?" if matches else ""
 
 
-# ---------------------------------------------------------------- JSON, without its liberties
+# ---------------------------------------------------------------- strict JSON
 
 
 class _Object(dict):
-    """A JSON object that remembers which keys came twice: json.loads would keep the last in silence."""
+    """A JSON object that knows its repeated keys: json.loads alone keeps the last value without a word."""
 
     def __init__(self, pairs):
         super().__init__(pairs)
-        self.repeated = sorted(key for key, n in collections.Counter(key for key, _ in pairs).items() if n > 1)
-
-
-def _parse(text):
-    def number(text):
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"{text} is not a finite number")
-        return value
-
-    tree = json.loads(text, object_pairs_hook=_Object, parse_constant=number, parse_float=number)
-    _check_depth(tree, MAX_DEPTH)
-    return tree
-
-
-def _check_depth(tree, left):
-    if left == 0:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-    for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-        _check_depth(value, left - 1)
+        counts = collections.Counter(key for key, _ in pairs)
+        self.repeated = [key for key, count in counts.items() if count > 1]
 
 
 def read_json(path, max_bytes=MAX_BYTES):
-    """The JSON in a file of this project; RecipeError for one that cannot be read, is too large, too deep or not JSON."""
-    path = Path(path)
+    """The JSON in a file; RecipeError if it cannot be read, is too large, too deep or not strict JSON."""
+    path, name = Path(path), _printable(path)
     try:
         with open(path, "rb") as file:
             raw = file.read(max_bytes + 1)
     except OSError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}{_did_you_mean(near)}") from None
-    except ValueError as error:  # a NUL in the path
-        raise RecipeError(f"{str(path)!r}: cannot be read: {error}") from None
+        hint = nearest(path.name, [other.name for other in path.parent.glob("*.json")])
+        raise RecipeError(f"{name}: cannot be read: {error.strerror}{hint}") from None
+    except ValueError as error:  # a NUL or half a surrogate pair in the path
+        raise RecipeError(f"{name}: cannot be read: {error}") from None
+
     if len(raw) > max_bytes:
-        raise RecipeError(f"{path}: larger than {max_bytes} bytes")
+        raise RecipeError(f"{name}: larger than {max_bytes} bytes")
     try:
         return _parse(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise RecipeError(f"{path}: not a JSON file: {reason}") from None
+        raise RecipeError(f"{name}: not a JSON file: {reason}") from None
+
+
+def _parse(text):
+    def number(digits):
+        value = float(digits)
+        if not math.isfinite(value):
+            raise ValueError(f"{digits[:40]} is not a finite number")
+        return value
+
+    tree = json.loads(text, object_pairs_hook=_Object, parse_constant=number, parse_float=number)
+    if any(len(loc) >= MAX_DEPTH for loc, _ in _walk(tree)):
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    return tree
+
+
+def _walk(node, loc=()):
+    """Yield (keys that lead to it, value) for every value in JSON."""
+    yield loc, node
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        yield from _walk(child, (*loc, key))
 
 
 def _apply(tree, override):
-    """Set one `a.0.b=value` in the parsed JSON; returns what is wrong, or None."""
+    """Set one `a.0.b=value` in the parsed JSON; returns what is wrong with it, or None."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         return "expected path=value, for example students.kd.lr=0.1"
@@ -303,199 +303,188 @@ def _apply(tree, override):
         value = _parse(text)
     except (ValueError, RecursionError):
         value = text  # 5e-3 is JSON, lamb is not
-    *parents, last = path.split(".")
+
     node = tree
-    for part in [*parents, last]:
-        if isinstance(node, list):
-            named = {
-                item["name"]: i for i, item in enumerate(node) if isinstance(item, dict) and isinstance(item.get("name"), str)
-            }
-            if part not in named and not (part.isascii() and part.isdigit() and int(part) < len(node)):
-                return f"{part!r} is not {f'one of {list(named)}' if named else f'an index of a list of {len(node)}'}"
-            part = named[part] if part in named else int(part)
-        elif not isinstance(node, dict):
+    for part in path.split("."):
+        if not isinstance(node, dict | list):
             return f"nothing called {part!r} can be set in {_show(node)}"
-        parent, key, node = node, part, node[part] if isinstance(node, list) else node.get(part)
+        keys = _keys(node) if isinstance(node, list) else {part: part}
+        if part not in keys:
+            return f"{part!r} is not one of {_show(list(keys))}"
+        parent, key = node, keys[part]
+        node = node[key] if isinstance(node, list) else node.get(key)
     parent[key] = value
     return None
 
 
-# ---------------------------------------------------------------- JSON -> dataclasses
+def _keys(items):
+    """{text: index} for the items of a list, by their index and by their "name"."""
+    names = {str(index): index for index in range(len(items))}
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and isinstance(item.get("name"), str):
+            names[item["name"]] = index
+    return names
 
 
-def _build(kind, value, path, errors):
-    """`value` as a `kind`; what does not fit is appended to `errors` as 'path: expected ..., got ...'."""
-    origin = typing.get_origin(kind)
-    if origin is Annotated:
-        kind, rule = typing.get_args(kind)
-        value = _build(kind, value, path, before := [])
-        errors += before
-        if not before and isinstance(rule, Bounds) and not rule.low <= value <= rule.high:
-            errors.append(_expected(path, f"a {'whole ' * (kind is int)}number {rule}", value))
-        if not before and isinstance(rule, Matches) and not re.fullmatch(rule.pattern, value):
-            errors.append(_expected(path, rule.words, value))
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return _build_union(typing.get_args(kind), value, path, errors)
-    if origin is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices or isinstance(value, bool):
-            near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
-            errors.append(_expected(path, " or ".join(map(repr, choices)), value) + _did_you_mean(near))
-        return value
-    if origin is tuple:
-        return _build_tuple(typing.get_args(kind), value, path, errors)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, path, errors)
-    if kind is float and type(value) is int and abs(value) < 2**53:
-        return float(value)
-    if kind is dict and isinstance(value, dict):
-        errors += [f"{path}: duplicate key {key!r}" for key in getattr(value, "repeated", ())]
-        return dict(value)
-    if type(value) is not kind:
-        words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", dict: "an object"}
-        errors.append(_expected(path, words[kind], value))
-    return value
+# ---------------------------------------------------------------- pydantic's errors in a user's words
+
+_SECTIONS = {  # what may stand before a key in a path
+    "data": Data,
+    "teacher": Teacher,
+    "students": Student,
+    "hard": Hard,
+    "soft": Soft,
+    "pad": PadCrop,
+    "resized": ResizedCrop,
+    "milestones": Milestones,
+    "cosine": Cosine,
+}
+_WORDS = {
+    "bool_type": "true or false",
+    "dataclass_type": "an object",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "greater_than_equal": "a number >= {ge:g}",
+    "int_type": "a whole number",
+    "less_than_equal": "a number <= {le:g}",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "a name of a-z, 0-9, '.', '_', '-' (at most 64, first a letter or digit)",
+    "string_too_short": "a text that is not empty",
+    "string_type": "a text",
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    "tuple_type": "a list",
+    "union_tag_invalid": '"kind" to be one of {expected_tags}',
+    "union_tag_not_found": 'an object with "kind"',
+}
 
 
-def _build_union(members, value, path, errors):
-    if type(None) in members and value is None:
-        return None
-    members = [m for m in members if m is not type(None)]
-    if len(members) == 1:
-        return _build(members[0], value, path, errors)
-    kinds = {typing.get_args(typing.get_type_hints(m)["kind"])[0]: m for m in members}  # told apart by their "kind"
-    kind = value.get("kind") if isinstance(value, dict) else None
-    if not isinstance(kind, str) or kind not in kinds:
-        choices = " or ".join(f'"kind": "{k}"' for k in kinds)
-        near = difflib.get_close_matches(kind, kinds, n=1) if isinstance(kind, str) else []
-        errors.append(_expected(path, f"an object with {choices}", value) + _did_you_mean(near))
-        return value
-    return _build(kinds[kind], value, path, errors)
+def _validate(tree):
+    """(Recipe, []) or (None, errors). From JSON text, because strict pydantic takes no list for a tuple."""
+    try:
+        return _RECIPE.validate_json(json.dumps(tree, ensure_ascii=False).encode()), []
+    except UnicodeEncodeError as error:
+        excerpt = error.object[max(error.start - 40, 0) : error.end]
+        return None, [f"expected text that UTF-8 can encode, got {excerpt!r}"]
+    except ValidationError as error:
+        return None, [_explain(fault) for fault in error.errors(include_url=False) if not _follows(fault)]
 
 
-def _build_tuple(members, value, path, errors):
-    many = members[-1] is Ellipsis
-    if not isinstance(value, (list, tuple)) or (not value if many else len(value) != len(members)):
-        errors.append(_expected(path, "a list that is not empty" if many else f"a list of {len(members)}", value))
-        return value
-    members = [members[0]] * len(value) if many else members
-    return tuple(_build(m, v, f"{path}[{i}]", errors) for i, (m, v) in enumerate(zip(members, value, strict=True)))
+def _follows(fault):
+    """pydantic also calls a list too short if its items are invalid; their errors are reported already."""
+    return fault["type"] == "too_short" and len(fault["input"]) >= fault["ctx"]["min_length"]
 
 
-def _build_dataclass(kind, value, path, errors):
-    if not isinstance(value, dict):
-        errors.append(_expected(path, "an object", value))
-        return value
-    hints = typing.get_type_hints(kind, include_extras=True)
-    prefix = f"{path}: " if path else ""
-    errors += [f"{prefix}duplicate key {key!r}" for key in getattr(value, "repeated", ())]
-    for key in sorted(value.keys() - hints.keys()):
-        errors.append(f"{prefix}unknown key {key!r}" + _did_you_mean(difflib.get_close_matches(key, hints, n=1)))
-    fields = {}
-    for field in dataclasses.fields(kind):
-        if field.name in value:
-            inner = f"{path}.{field.name}" if path else field.name
-            fields[field.name] = _build(hints[field.name], value[field.name], inner, errors)
-        elif field.default is dataclasses.MISSING:
-            errors.append(f"{prefix}missing key {field.name!r}")
-            fields[field.name] = None
-    return kind(**fields)
+def _explain(fault):
+    """One error of pydantic as "path: expected ..., got ..."."""
+    kind, context, loc = fault["type"], fault.get("ctx", {}), fault["loc"]
+    # after these two names pydantic puts the value of "kind"
+    path = tuple(part for i, part in enumerate(loc) if i == 0 or loc[i - 1] not in ("crop", "schedule"))
+
+    if path in REMOVED:
+        return _at(path, f"this option was removed; {REMOVED[path][1]}")
+    if kind == "missing":
+        return _at(path[:-1], f"missing key {path[-1]!r}")
+    if kind == "unexpected_keyword_argument":
+        sections = [_SECTIONS[part] for part in loc[:-1] if part in _SECTIONS]
+        known = dataclasses.fields(sections[-1] if sections else Recipe)
+        hint = nearest(path[-1], [field.name for field in known])
+        return _at(path[:-1], f"unknown key {_show(path[-1])}{hint}")
+
+    words = _WORDS.get(kind, "{msg}").format(msg=fault["msg"], **context)
+    hint = ""
+    if kind in ("literal_error", "union_tag_invalid"):
+        hint = nearest(str(context.get("tag", fault["input"])), re.findall(r"'([^']+)'", words))
+    return _at(path, f"expected {words}, got {_show(fault['input'])}{hint}")
 
 
-def _expected(path, words, value):
-    return f"{path or 'the recipe'}: expected {words}, got {_show(value)}"
+def _at(loc, message):
+    """(("students", 0, "lr"), "x") -> "students[0].lr: x"."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in loc)
+    return "".join(parts).removeprefix(".") + ": " * bool(loc) + message
 
 
 def _show(value):
-    text = repr(dict(value)) if isinstance(value, dict) else repr(value)
+    text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _did_you_mean(matches):
-    return f", did you mean {matches[0]!r}?" if matches else ""
+def _printable(text):
+    """A path or key for a message: control characters and half surrogate pairs are escaped."""
+    return str(text) if str(text).isprintable() else repr(str(text))
 
 
 # ---------------------------------------------------------------- fields that contradict each other
 
 
 def _contradictions(recipe):
-    data, per_process = recipe.data, recipe.batch_size_per_process
+    """The errors of a recipe whose fields are valid one by one."""
+    data, schedule, per_process = recipe.data, recipe.schedule, recipe.batch_size_per_process
     if recipe.batch_size % per_process:
         yield f"batch_size {recipe.batch_size} is not a multiple of batch_size_per_process {per_process}"
-    if isinstance(recipe.schedule, Cosine) and recipe.schedule.warmup_epochs > recipe.epochs:
-        yield f"schedule.warmup_epochs: {recipe.schedule.warmup_epochs} is more than epochs, {recipe.epochs}"
-    if isinstance(recipe.schedule, Milestones) and list(recipe.schedule.milestones) != sorted(set(recipe.schedule.milestones)):
-        yield f"schedule.milestones: expected ascending epochs, got {list(recipe.schedule.milestones)}"
+    if isinstance(schedule, Cosine) and schedule.warmup_epochs > recipe.epochs:
+        yield f"schedule.warmup_epochs: {schedule.warmup_epochs} is more than epochs, {recipe.epochs}"
+    if isinstance(schedule, Milestones) and list(schedule.milestones) != sorted(set(schedule.milestones)):
+        yield f"schedule.milestones: expected ascending epochs, got {_show(list(schedule.milestones))}"
+
+    images = (data.train_size or math.inf) * data.fraction
+    if data.drop_last and images < recipe.batch_size:
+        yield f"data: {images:.0f} images do not fill one batch of {recipe.batch_size}, and drop_last is true"
+    if (data.mixup or data.cutmix) and (per_process % 2 or not data.drop_last):
+        yield "data: mixup and cutmix pair images: batch_size_per_process must be even and drop_last true"
     if isinstance(data.crop, ResizedCrop):
         for name in ("scale", "ratio"):
             low, high = getattr(data.crop, name)
             if not 0 < low <= high:
                 yield f"data.crop.{name}: expected 0 < low <= high, got {[low, high]}"
-    if (data.mixup or data.cutmix) and (per_process % 2 or not data.drop_last):
-        yield "data: mixup and cutmix pair the images of a batch: batch_size_per_process must be even and drop_last true"
+    if data.pipeline == "fast" and not isinstance(data.crop, ResizedCrop):
+        yield "data.pipeline: 'fast' is for crop 'resized': set pipeline to 'timm'"
+    if data.pipeline == "fast" and not (data.rand_augment or "rand-").startswith("rand-"):
+        yield f"data.pipeline: 'fast' knows RandAugment only, got rand_augment {_show(data.rand_augment)}"
+
     if data.streaming and not (data.train_size and data.drop_last):
         yield "data: a stream has no length: give train_size, and set drop_last to true"
     if data.streaming != (data.shuffle_buffer > 0):
         expected = "at least 1 with" if data.streaming else "0 without"
         yield f"data.shuffle_buffer: expected {expected} streaming, got {data.shuffle_buffer}"
-    if data.resident:
-        yield from _contradictions_of_resident(data)
-    if data.pipeline == "fast" and not isinstance(data.crop, ResizedCrop):
-        yield "data.pipeline: 'fast' is for crop 'resized': set pipeline to 'timm'"
-    for field, value in (("pipeline", "fast"), ("rand_augment_on", "device")):
-        if getattr(data, field) == value and not (data.rand_augment or "rand-").startswith("rand-"):
-            yield f"data.{field}: {value!r} knows RandAugment only, got rand_augment {data.rand_augment!r}"
-    if data.rand_augment_on == "device" and not data.rand_augment:
-        yield "data.rand_augment_on: there is no rand_augment: set rand_augment_on to 'cpu'"
+    whole, without = "set streaming to false and shuffle_buffer to 0", "or resident to false"
     if data.streaming and data.fraction < 1:
-        yield "data.fraction: a stream's classes are not known beforehand: set streaming to false and shuffle_buffer to 0"
-    if data.train_size and data.drop_last and data.train_size * data.fraction < recipe.batch_size:
-        kept = f"{data.train_size * data.fraction:.0f} images"
-        yield f"data: {kept} do not fill one batch of {recipe.batch_size}, and drop_last is true"
-    names = [s.name for s in recipe.students] + [f"{s.name}-ema" for s in recipe.students if s.ema is not None]
+        yield f"data.fraction: a stream's classes are not known beforehand: {whole}"
+    if data.resident and data.streaming:
+        yield f"data.resident: a stream is never whole: {whole}, {without}"
+    if data.resident and not isinstance(data.crop, PadCrop):
+        yield f"data.resident: crops are cut from padded images: use crop {{'kind': 'pad', ...}}, {without}"
+    if data.resident and data.rand_augment:
+        yield f"data.resident: rand_augment works on one image at a time: set rand_augment to null, {without}"
+    yield from _contradictions_of_networks(recipe.teacher, recipe.students)
+
+
+def _contradictions_of_networks(teacher, students):
+    names = [student.name for student in students]
+    names += [f"{student.name}-ema" for student in students if student.ema is not None]
     if len(set(names)) < len(names):
-        yield f"students: names must differ, also from NAME-ema of a student with ema; got {names}"
-    distilled = [s.name for s in recipe.students if s.soft]
-    if distilled and not recipe.teacher:
-        yield f"students {distilled} have a distillation loss ('soft') but teacher is null"
-    if recipe.teacher and not distilled:
+        yield f"students: names must differ, also from NAME-ema of a student with ema; got {_show(names)}"
+    distilled = [student.name for student in students if student.soft]
+    if distilled and not teacher:
+        yield f"students {_show(distilled)} have a distillation loss ('soft') but teacher is null"
+    if teacher and not distilled:
         yield "teacher: no student has a distillation loss ('soft'): set teacher to null"
-    yield from _contradictions_of_networks(recipe)
 
-
-def _contradictions_of_resident(data):
-    if data.streaming:
-        yield "data.resident: a stream is never whole: set streaming to false and shuffle_buffer to 0, or resident to false"
-    if not isinstance(data.crop, PadCrop):
-        yield "data.resident: crops are cut from padded images: set crop to {'kind': 'pad', ...}, or resident to false"
-    if data.rand_augment:
-        yield "data.resident: rand_augment works on one image at a time: set rand_augment to null, or resident to false"
-
-
-def _contradictions_of_memo(data):
-    if not data.resident:
-        yield "teacher.memo: only the resident loader numbers the crops of an image: set data.resident to true, or memo to null"
-    unlike = [n for n in ("rand_augment", "random_erasing", "mixup", "cutmix") if getattr(data, n)]
-    unlike += ["crop 'resized'"] * isinstance(data.crop, ResizedCrop)
-    if unlike:
-        yield f"teacher.memo: no image comes twice with data's {', '.join(unlike)}: set memo to null"
-
-
-def _contradictions_of_networks(recipe):
-    teacher = recipe.teacher
-    if teacher and teacher.memo:
-        yield from _contradictions_of_memo(recipe.data)
+    networks = [(f"students[{i}]", student) for i, student in enumerate(students)]
     if teacher:
-        origins = [n for n in ("recipe", "checkpoint", "pretrained") if getattr(teacher, n)]
+        networks.insert(0, ("teacher", teacher))
+        origins = [name for name in ("recipe", "checkpoint", "pretrained") if getattr(teacher, name)]
         if len(origins) > 1:
             yield f"teacher: expected one of recipe, checkpoint, pretrained; got {' and '.join(origins)}"
         if (teacher.model is None) != (teacher.recipe is not None):
             yield "teacher: expected recipe, or a model with checkpoint or pretrained"
         if teacher.recipe and (teacher.model_args or teacher.size or teacher.mean or teacher.std):
             yield "teacher: with recipe, model_args, size, mean and std come from that recipe"
-    for path, network in [("teacher", teacher), *((f"students[{i}]", s) for i, s in enumerate(recipe.students))]:
-        if network and (network.mean is None) != (network.std is None):
+    for path, network in networks:
+        if (network.mean is None) != (network.std is None):
             yield f"{path}: give both mean and std, or neither"
-        if network and network.std and min(network.std) <= 0:
-            yield f"{path}.std: expected positive numbers, got {list(network.std)}"
+        if network.std and min(network.std) <= 0:
+            yield f"{path}.std: expected positive numbers, got {_show(list(network.std))}"
+
+
+_RECIPE = TypeAdapter(Recipe)

@@ -1,8 +1,9 @@
-"""Shared by the tests: a tiny recipe on the embedded digits, and where the real data lies when it is there."""
+"""Shared by the tests: a tiny recipe on the embedded digits, runs of it, and where the real data lies."""
 
 import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before `datasets` is imported: no test may wait for a network
@@ -11,12 +12,16 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring, and two test runs do not fight
+torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring, and test runs share the cores
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-needs_cifar = pytest.mark.skipif(not (SHARED / "cifar100").exists(), reason=f"CIFAR-100 not found in {SHARED}")
-needs_imagenet = pytest.mark.skipif(not (SHARED / "imagenet_sample").exists(), reason=f"ImageNet sample not found in {SHARED}")
+needs_cifar = pytest.mark.skipif(
+    not (SHARED / "cifar100").exists(), reason=f"CIFAR-100 not found in {SHARED}"
+)
+needs_imagenet = pytest.mark.skipif(
+    not (SHARED / "imagenet_sample").exists(), reason=f"ImageNet sample not found in {SHARED}"
+)
 
 STUDENT = {
     "name": "kd",
@@ -79,8 +84,8 @@ def teacher_file(tmp_path_factory):
     torch.manual_seed(0)
     network = models.build("cifar_resnet8", classes=10, size=8, model_args={"widths": [8, 8, 16, 16]}).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    loader = data.TrainLoader(settings, seed=0, batch_size=64, batch_size_per_process=64)
-    for images, labels, _ in loader.batches(0, 5 * loader.steps_per_epoch):
+    loader = data.TrainLoader(settings, batch_size=64, batch_size_per_process=64)
+    for images, labels, _ in loader.batches(0, 0, 5 * loader.steps_per_epoch):
         torch.nn.functional.cross_entropy(network(to_float(images, "cpu")), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -103,8 +108,6 @@ def tree(**changes):
 
 def make_recipe(**changes):
     """A recipe.Recipe of RECIPE with changes."""
-    import tempfile
-
     import recipe
 
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +121,87 @@ def write(path, **changes):
 
 def distilled(teacher_file, **changes):
     """Changes that give RECIPE a teacher and three students: labels alone, kd, dkd."""
-    dkd = {"loss": "dkd", "weight": 1.0, "warmup_epochs": 4, "args": {"alpha": 1.0, "beta": 2.0, "temperature": 4.0}}
-    teacher = {"model": "cifar_resnet8", "model_args": {"widths": [8, 8, 16, 16]}, "checkpoint": str(teacher_file)}
+    arguments = {"alpha": 1.0, "beta": 2.0, "temperature": 4.0}
+    dkd = {"loss": "dkd", "weight": 1.0, "warmup_epochs": 4, "args": arguments}
+    widths = {"widths": [8, 8, 16, 16]}
+    teacher = {"model": "cifar_resnet8", "model_args": widths, "checkpoint": str(teacher_file)}
     students = [dict(STUDENT, name="alone", soft=None), STUDENT, dict(STUDENT, name="dkd", soft=dkd, lr=0.02)]
     return {"teacher": teacher, "students": students} | changes
+
+
+# ---------------------------------------------------------------- runs of train.py
+
+
+def run(path, out, *arguments, workers=0):
+    """Train a recipe in this process; returns its result.json."""
+    import train
+
+    train.main([str(path), "--out", str(out), "--workers", str(workers), *map(str, arguments)])
+    return json.loads((out / "result.json").read_text())
+
+
+def stopped(capsys, path, out, *arguments):
+    """(exit code, what was written to stderr) of a run that must not get through."""
+    with pytest.raises(SystemExit) as stop:
+        run(path, out, *arguments)
+    return stop.value.code, capsys.readouterr().err
+
+
+def rows(out):
+    """The metrics, without what a clock says."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith(("speed/", "seconds/"))} for line in lines]
+
+
+def saved(out):
+    """The complete checkpoints of a run, oldest first."""
+    import checkpoint
+
+    return checkpoint.checkpoints(out)
+
+
+def newest(out):
+    """The step of the newest checkpoint; 0 without one."""
+    return max([int(folder.name.removeprefix("step-")) for folder in saved(out)], default=0)
+
+
+def final_state(out):
+    """Every tensor and number of the last checkpoint: weights, optimizer, sums, best."""
+    import safetensors.torch
+
+    tensors = {}
+    for path in saved(out)[-1].glob("*.safetensors"):
+        tensors |= {f"{path.name}:{k}": v for k, v in safetensors.torch.load_file(path).items()}
+    return tensors, json.loads((saved(out)[-1] / "state.json").read_text())["students"]
+
+
+def assert_same_run(a, b, students=None):
+    """Two runs ended with the same tensors, scores and rows, bit for bit; or these students of them did."""
+    (tensors, state), (others, other_state) = final_state(a), final_state(b)
+    for key in tensors if students is None else [k for k in tensors if k.split(".")[0] in students]:
+        assert torch.equal(tensors[key], others[key]), key
+    for name in students or state:
+        assert state[name] == other_state[name]
+    if students is None:
+        assert tensors.keys() == others.keys() and rows(a) == rows(b)
+
+
+def forked(function):
+    """`function()` in a child process, everything imported already, which saves seconds; returns its id."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        code = 1
+        try:
+            function()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,19 +1,28 @@
-"""evaluate.py: counts by hand, sizes that no batch divides, the name clash with the package, the command line."""
+"""evaluate.py: counts by hand, the package of that name, the command line, ImageNet's sets, class names."""
 
+import io
 import json
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, make_recipe, tree
+from conftest import ROOT, SHARED, make_recipe, needs_imagenet, tree
+from PIL import Image
+from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
+import augment
 import data
 import evaluate
 import models
 import recipe
+import sources
+
+WNIDS = ImageNetInfo().label_names()
 
 
 class Fixed(nn.Module):
@@ -33,7 +42,10 @@ def loader(pixels, labels, batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 100])
 def test_accuracy_equals_the_count_by_hand(batch_size):
-    pixels, labels = [0, 1, 2, 9, 5, 5, 5], [0, 1, 3, 0, 5, 7, 8]  # right: 0, 1, 5; among 5: also 2->3 and 5->7
+    pixels, labels = (
+        [0, 1, 2, 9, 5, 5, 5],
+        [0, 1, 3, 0, 5, 7, 8],
+    )  # right: 0, 1, 5; among 5: also 2->3 and 5->7
     (scores,) = evaluate.accuracy([Fixed()], loader(pixels, labels, batch_size), Accelerator())
     assert scores == {"top1": 42.8571, "top5": 71.4286, "n": 7}
 
@@ -45,7 +57,12 @@ def test_accuracy_leaves_the_network_as_it_was():
     (scores,) = evaluate.accuracy([network], data.test_loader(settings, batch_size=100), Accelerator())
     assert scores["n"] == 899 and network.training
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
-    assert evaluate.accuracy([network], data.test_loader(settings, batch_size=100), Accelerator(), limit=2)[0]["n"] == 200
+    assert (
+        evaluate.accuracy([network], data.test_loader(settings, batch_size=100), Accelerator(), limit=2)[0][
+            "n"
+        ]
+        == 200
+    )
 
 
 def test_two_classes_have_a_top5_of_100():
@@ -58,10 +75,17 @@ def test_table_aligns():
     assert text.splitlines() == ["name    top1   n", "a       1.00  10", "bcd   100.00   9"]
 
 
+SAME_NAME = """
+import importlib, log
+this = importlib.import_module("evaluate")
+package = this.hf_evaluate
+print(log.accuracy is this.accuracy, this.__file__, package.__file__, package.Metric.__name__)
+"""
+
+
 def test_the_name_means_our_file_and_the_package_is_there():
-    code = "import train, importlib, sys; own = importlib.import_module('evaluate');"
-    code += "print(train.accuracy is own.accuracy, own.__file__, own.hf_evaluate.__file__, own.hf_evaluate.Metric.__name__)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    command = [sys.executable, "-c", SAME_NAME]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert out[0] == "True" and out[1] == str(ROOT / "evaluate.py") and out[3] == "Metric"
     assert out[2].endswith("evaluate/__init__.py") and str(ROOT / "evaluate") not in out[2]
 
@@ -90,12 +114,28 @@ def test_command_line_on_a_run_and_on_a_student(run_folder, capsys):
         results.append((row["top1"], row["top5"], row["n"], row["data"], row["split"]))
     assert len(set(results)) == 1 and results[0][2:] == (899, "digits", "test")
     evaluate.main([str(run_folder), "--workers", "0"])
-    assert capsys.readouterr().out.splitlines()[0].split() == ["checkpoint", "data", "split", "top1", "top5", "n"]
+    assert capsys.readouterr().out.splitlines()[0].split() == [
+        "checkpoint",
+        "data",
+        "split",
+        "top1",
+        "top5",
+        "n",
+    ]
 
 
 def test_command_line_on_a_checkpoint_file(run_folder, capsys):
     evaluate.main(
-        [str(run_folder.parent / "bare.pth"), "--model", "cifar_resnet8", "--data", "digits", "--json", "--workers", "0"]
+        [
+            str(run_folder.parent / "bare.pth"),
+            "--model",
+            "cifar_resnet8",
+            "--data",
+            "digits",
+            "--json",
+            "--workers",
+            "0",
+        ]
     )
     (row,) = json.loads(capsys.readouterr().out)
     assert row["n"] == 899 and 0 <= row["top1"] <= row["top5"] <= 100
@@ -129,3 +169,303 @@ def test_class_counts_must_agree(run_folder, capsys):
         evaluate.main([str(run_folder)])
     assert caught.value.code == 2 and "has 10 classes, digits has 11" in capsys.readouterr().err
     assert recipe.load(run_folder / "recipe.json").data.classes == 11
+
+
+# ---------------------------------------------------------------- ImageNet
+
+
+def jpeg(colour, size=(80, 60), mode="RGB"):
+    """A gradient in red and green; blue tells images apart."""
+    across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    pixels = np.stack([across, down, np.full_like(across, colour)], axis=2).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def class_folders(root, split, images):
+    """images: [(class folder, file name, pixel value)]"""
+    for folder, name, value in images:
+        (root / split / folder).mkdir(parents=True, exist_ok=True)
+        (root / split / folder / name).write_bytes(jpeg(value, size=(16, 16)))
+    return root
+
+
+class ByBlue(torch.nn.Module):
+    """Answers with the class that the blue channel's mean names, then its neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = types.SimpleNamespace(num_classes=1000, pretrained_cfg={})
+        self.statistics = {}
+
+    def forward(self, images):
+        named = (images[:, 2].mean((1, 2)) * 255).round().long()
+        return -(torch.arange(1000) - named[:, None]).abs().float()
+
+
+def test_the_three_imagenet_sets(tmp_path, monkeypatch, capsys):
+    """A right answer, one that ReaL alone accepts, one among the first five, an image without ReaL labels."""
+    real = RealLabelsImagenet([f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 50_001)]).real_labels
+    number = {name: int(name[-13:-5]) for name in real}
+    several = next(
+        n
+        for n, ids in real.items()
+        if len(ids) > 1 and max(ids) < 240 and min(abs(ids[0] - i) for i in ids[1:]) > 5
+    )
+    single = next(n for n, ids in real.items() if len(ids) == 1 and 20 < ids[0] < 240 and n != several)
+    without = next(n for n, ids in real.items() if not ids)
+    a, b = real[several][:2]
+    (c,) = real[single]
+    images = [  # (class by ImageNet-1K, file, what the network answers)
+        (WNIDS[a], several, b),  # wrong for ImageNet, the second of the right ones for ReaL
+        (WNIDS[c], single, c + 1),  # second of the first five for both
+        (WNIDS[11], without, 11),  # right for ImageNet, not counted by ReaL
+    ]
+    class_folders(tmp_path / "in1k", "val", images)
+    v2 = [("2", "x.jpeg", 2), ("10", "y.jpeg", 10), ("100", "z.jpeg", 2)]  # by text, "10" would be class 0
+    for folder, name, value in v2:
+        (tmp_path / "v2" / folder).mkdir(parents=True)
+        (tmp_path / "v2" / folder / name).write_bytes(jpeg(value, size=(16, 16)))
+
+    config = dict(input_size=(3, 16, 16), crop_pct=1.0, interpolation="bilinear")
+
+    def networks(path, model, choose):
+        yield path, ByBlue(), choose(path, config, None)
+
+    decoded, decode = [], augment.decode
+    monkeypatch.setattr(evaluate, "open_networks", networks)
+    monkeypatch.setattr(augment, "decode", lambda content: decoded.append(content) or decode(content))
+    sets = ["--on", "imagenet", "real", "v2", "--data", str(tmp_path / "in1k"), "--v2", str(tmp_path / "v2")]
+    evaluate.main(["one", "two", *sets, "--json", "--workers", "0"])
+    rows = json.loads(capsys.readouterr().out)
+    expected = {
+        "imagenet": {"split": "validation", "top1": 33.3333, "top5": 66.6667, "n": 3},
+        "real": {"split": "validation", "top1": 50.0, "top5": 100.0, "n": 2},
+        "v2": {"split": "train", "top1": 66.6667, "top5": 66.6667, "n": 3},
+    }
+    assert rows == [
+        {"checkpoint": name, "data": key, **row} for name in ("one", "two") for key, row in expected.items()
+    ]
+    assert len(decoded) == 6  # once for both checkpoints, and once for ImageNet and ReaL
+    labels = evaluate.real_labels()
+    assert number[without] in labels and labels[number[several]] == real[several]
+    evaluate.main(["one", *sets, "--workers", "0"])
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split() == ["one", "imagenet", "validation", "33.33", "66.67", "3"]
+
+
+def test_sets_that_cannot_be_imagenets_are_refused(tmp_path, capsys):
+    network = models.build("cifar_resnet8", classes=1000, size=8, model_args={"widths": [2, 2, 2, 2]})
+    models.export(
+        network,
+        tmp_path / "s",
+        model_args={"widths": [2, 2, 2, 2]},
+        size=8,
+        crop_pct=1.0,
+        interpolation="bilinear",
+    )
+    pets = class_folders(tmp_path / "pets", "val", [("ant", "1.jpg", 1), ("bee", "2.jpg", 1)])
+    for arguments, message in (
+        (["--on", "imagenet", "--data", str(pets)], "2 classes found, the recipe's data.classes is 1000"),
+        (["--on", "v2"], "ImageNet-V2: name its folder (or its name on the hub) with --v2"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            evaluate.main([str(tmp_path / "s"), *arguments, "--workers", "0"])
+        assert caught.value.code == 2 and message in capsys.readouterr().err
+    folder = class_folders(tmp_path / "d", "val", [(wnid, "first.JPEG", 1) for wnid in WNIDS[:2]])
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "s"), "--on", "real", "--data", str(folder), "--workers", "0"])
+    assert "by its file name, ILSVRC2012_val_00000001.JPEG; found first.JPEG" in capsys.readouterr().err
+
+
+def test_there_are_46837_images_with_real_labels():
+    labels = evaluate.real_labels()
+    assert len(labels) == 50_000 and sum(bool(ids) for ids in labels.values()) == 46_837
+
+
+# ---------------------------------------------------------------- classes by name
+
+
+ANIMALS = ["cat", "dog", "frog"]
+
+
+@pytest.fixture
+def student(tmp_path):
+    """An exported student of cat, dog and frog that answers by brightness: below 85 cat, above 170 frog."""
+    network = models.build("cifar_resnet8", classes=3, size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    preprocessing = dict(size=16, crop_pct=1.0, interpolation="bilinear")
+    models.export(network, tmp_path / "student", model_args={}, label_names=ANIMALS, **preprocessing)
+    return tmp_path / "student"
+
+
+def by_brightness(images):
+    return -(images.mean((1, 2, 3))[:, None] * 255 - torch.tensor([0.0, 127.0, 255.0])).abs()
+
+
+def pictures(root, classes):
+    """One grey image a class: cat is black, dog grey, frog white."""
+    for name in classes:
+        (root / "test" / name).mkdir(parents=True)
+        value = {"cat": 0, "dog": 127, "frog": 255}.get(name, 0)
+        Image.new("RGB", (16, 16), (value,) * 3).save(root / "test" / name / "1.png")
+    return root
+
+
+def main_with(monkeypatch, capsys, *arguments):
+    """(exit code, rows, error output) of a command on a student whose answers are by_brightness."""
+    monkeypatch.setattr(models.Network, "forward", lambda self, images: by_brightness(images))
+    try:
+        evaluate.main([*map(str, arguments), "--json", "--workers", "0"])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out or "[]"), captured.err
+
+
+def test_a_part_of_the_students_classes_is_matched_by_name(student, tmp_path, monkeypatch, capsys):
+    folder = pictures(tmp_path / "part", ["dog", "frog"])
+    code, rows, notes = main_with(monkeypatch, capsys, student, "--data", folder)
+    assert code == 0 and rows[0]["top1"] == 100 and rows[0]["n"] == 2
+    assert (
+        f"{folder} has 2 of the network's 3 classes, matched by name; the network may answer with any"
+        in notes
+    )
+    code, rows, notes = main_with(monkeypatch, capsys, student, "--data", pictures(tmp_path / "all", ANIMALS))
+    assert code == 0 and rows[0]["top1"] == 100 and rows[0]["n"] == 3 and "matched by name" not in notes
+
+
+def test_a_part_of_the_classes_with_a_recipe(student, tmp_path, monkeypatch, capsys):
+    """The recipe beside the student says three classes; a folder named with --data may have two of them."""
+    (tmp_path / "run" / "students").mkdir(parents=True)
+    moved = student.rename(tmp_path / "run" / "students" / "student")
+    changes = dict(data__source=str(pictures(tmp_path / "all", ANIMALS)), data__classes=3, data__size=16)
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(tree(**changes)))
+    code, rows, _ = main_with(monkeypatch, capsys, moved)
+    assert code == 0 and rows[0]["top1"] == 100 and rows[0]["n"] == 3
+    code, rows, notes = main_with(
+        monkeypatch, capsys, moved, "--data", pictures(tmp_path / "part", ["cat", "frog"])
+    )
+    assert (
+        code == 0 and rows[0]["top1"] == 100 and rows[0]["n"] == 2 and "2 of the network's 3 classes" in notes
+    )
+
+
+@pytest.mark.parametrize(
+    "classes, message",
+    [
+        (["dog", "frog", "zebra"], "only in the data: 'zebra'; only in the network: 'cat'"),
+        (["bee", "cat", "dog", "frog"], "the network has 3 classes, the data 4; only in the data: 'bee'"),
+    ],
+)
+def test_other_classes_are_refused(classes, message, student, tmp_path, monkeypatch, capsys):
+    code, _, error = main_with(monkeypatch, capsys, student, "--data", pictures(tmp_path / "other", classes))
+    assert code == 2 and message in error and str(student) in error
+
+
+def test_imagenets_sets_want_a_network_of_imagenets_classes(tmp_path, monkeypatch, capsys):
+    small = dict(model_args={"widths": [2, 2, 2, 2]})
+    network = models.build("cifar_resnet8", classes=1000, size=16, **small)
+    preprocessing = dict(size=16, crop_pct=1.0, interpolation="bilinear")
+    things = [f"thing {i}" for i in range(1000)]
+    described = [f"{text.split(',')[0]}, another synonym" for text in ImageNetInfo().label_descriptions()]
+    models.export(network, tmp_path / "things", label_names=things, **small, **preprocessing)
+    models.export(network, tmp_path / "imagenet", label_names=described, **small, **preprocessing)
+    images = [(WNIDS[i], f"ILSVRC2012_val_{i:08d}.JPEG", 9) for i in (5, 7)]
+    folder = class_folders(tmp_path / "data", "val", images)
+    command = ["--on", "imagenet", "--data", str(folder), "--json", "--workers", "0"]
+    evaluate.main([str(tmp_path / "imagenet"), *command])
+    assert json.loads(capsys.readouterr().out)[0]["n"] == 2
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "things"), *command])
+    assert "only in the data: 'n01440764'" in capsys.readouterr().err
+
+
+@needs_imagenet
+def test_the_hubs_names_of_imagenets_classes_are_known():
+    source = str(SHARED / "imagenet_sample")
+    section = types.SimpleNamespace(source=source, **sources.evaluation_fields(source))
+    names = sources.open_split(section, section.test_split).names
+    assert names != WNIDS and models.match_classes(names, WNIDS) == list(range(1000))
+
+
+# ---------------------------------------------------------------- preprocessing
+
+
+def test_a_file_scores_like_its_exported_student(tmp_path, capsys):
+    """The same weights, as an exported folder and as a file whose preprocessing is given by hand."""
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    network = models.build("resnet10t", classes=10, size=32)
+    preprocessing = dict(size=32, crop_pct=1.0, interpolation="bilinear")
+    models.export(network, tmp_path / "student", model_args={}, **preprocessing)
+    torch.save(network.model.state_dict(), tmp_path / "weights.pth")
+    command = ["--data", "digits", "--json", "--workers", "0"]
+    evaluate.main([str(tmp_path / "student"), *command])
+    exported = capsys.readouterr()
+    flags = ["--size", "32", "--crop-pct", "1", "--interpolation", "bilinear"]
+    evaluate.main([str(tmp_path / "weights.pth"), "--model", "resnet10t", *command, *flags])
+    file = capsys.readouterr()
+    assert [json.loads(out)[0]["top1"] for out in (exported.out, file.out)] == [
+        json.loads(file.out)[0]["top1"]
+    ] * 2
+    lines = [captured.err.split(": ", 1)[1] for captured in (exported, file)]
+    assert lines[0] == lines[1].replace("crop_pct 1,", "crop_pct 1.0,")
+    assert lines[0].startswith(
+        "digits prepared with size 32, crop_pct 1.0, interpolation bilinear, mean (0.485, "
+    )
+
+
+def test_images_are_prepared_as_the_recipe_of_the_run_says(run_folder, capsys):
+    (run_folder / "recipe.json").write_text(json.dumps(tree(data__size=16, data__crop_pct=0.5)))
+    evaluate.main([str(run_folder), "--json", "--workers", "0"])
+    assert "digits prepared with size 16, crop_pct 0.5, interpolation bilinear" in capsys.readouterr().err
+
+
+def test_the_flags_change_what_an_exported_student_gets(run_folder, capsys):
+    evaluate.main([str(run_folder), "--json", "--workers", "0", "--size", "16", "--crop-pct", "0.5"])
+    captured = capsys.readouterr()
+    assert "digits prepared with size 16, crop_pct 0.5, interpolation bilinear" in captured.err
+    assert json.loads(captured.out)[0]["n"] == 899
+
+
+def test_a_transformer_of_another_size(tmp_path, capsys):
+    arguments = {"img_size": 32, "depth": 1, "embed_dim": 12, "num_heads": 1}
+    network = models.build("vit_tiny_patch16_224", classes=10, size=32, model_args=arguments)
+    preprocessing = dict(size=32, crop_pct=1.0, interpolation="bilinear")
+    models.export(network, tmp_path / "student", model_args=arguments, **preprocessing)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "student"), "--data", "digits", "--workers", "0", "--size", "64"])
+    assert "student' cannot take images of 64x64" in capsys.readouterr().err
+    whole = models.build("vit_tiny_patch16_224", classes=10, size=32, model_args={"img_size": 32})
+    torch.save(whole.model.state_dict(), tmp_path / "vit.pth")
+    command = [
+        str(tmp_path / "vit.pth"),
+        "--model",
+        "vit_tiny_patch16_224",
+        "--data",
+        "digits",
+        "--workers",
+        "0",
+    ]
+    evaluate.main([*command, "--json", "--size", "32"])
+    assert json.loads(capsys.readouterr().out)[0]["n"] == 899
+
+
+@pytest.mark.parametrize(
+    "flags", [["--size", "0"], ["--crop-pct", "0"], ["--crop-pct", "1.5"]], ids=lambda flags: " ".join(flags)
+)
+def test_flags_out_of_range_are_refused(flags, run_folder, capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([str(run_folder), *flags])
+    assert caught.value.code == 2 and "expected pixels, a crop_pct in (0, 1]" in capsys.readouterr().err
+
+
+def test_a_config_with_another_kind_of_preprocessing_is_refused(student, capsys):
+    config = json.loads((student / "config.json").read_text())
+    config["pretrained_cfg"]["interpolation"] = "random"
+    (student / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([str(student), "--data", "digits"])
+    assert caught.value.code == 2 and "images cannot be prepared with" in capsys.readouterr().err

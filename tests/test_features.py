@@ -26,59 +26,6 @@ def hint(name, **changes):
     return dict(STUDENT, name=name, soft=soft) | changes
 
 
-@pytest.mark.parametrize(
-    "name, size, arguments, expected",
-    [
-        ("cifar_resnet20", 32, {}, [(16, 32, 32), (32, 16, 16), (64, 8, 8), (64,)]),
-        ("resnet18", 64, {}, [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2), (512,)]),
-        ("mobilenetv2_050", 64, {}, [(16, 16, 16), (16, 8, 8), (48, 4, 4), (160, 2, 2), (1280,)]),
-        ("convnextv2_atto", 64, {}, [(40, 16, 16), (80, 8, 8), (160, 4, 4), (320, 2, 2), (320,)]),
-        (
-            "beitv2_base_patch16_224",
-            64,
-            dict(img_size=64, depth=5, embed_dim=32, num_heads=2),
-            [(2, 16, 16), (8, 8, 8), (32, 4, 4), (32, 2, 2), (32,)],
-        ),
-        ("vit_tiny_patch16_224", 64, dict(img_size=64, depth=2), [(192, 4, 4), (192, 4, 4), (192,)]),
-    ],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
-def test_taps_give_maps_and_leave_the_logits(name, size, arguments, expected):
-    network = models.build(name, classes=7, size=size, model_args=arguments).eval()
-    images = torch.rand(2, 3, size, size)
-    taps = network.default_taps()
-    with torch.no_grad():
-        logits, features = network(images, taps)
-        assert torch.equal(logits, network(images))
-    assert [tuple(f.shape[1:]) for f in features] == expected == network.shapes(size, taps)
-    classifier = network.model.get_classifier()
-    torch.testing.assert_close(classifier(features[-1]), logits)
-
-
-@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", "resnet26"])
-def test_preactivation_features_are_those_before_the_relu(name):
-    """vanillaKD's "pre-activation" maps share storage with timm's in-place ReLU, and are its output."""
-    network = models.build(name, classes=7, size=32).eval()
-    for norm in (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)  # some timm blocks begin as the identity
-    images, taps = torch.rand(2, 3, 32, 32), network.default_taps()
-    with torch.no_grad():
-        (logits, after), (same, before) = network(images, taps), network(images, taps, True)
-    assert torch.equal(logits, same)
-    for a, b in zip(after[:-1], before[:-1], strict=True):
-        assert b.min() < 0 and torch.equal(a, b.relu())
-    assert torch.equal(after[-1], before[-1])
-
-
-def test_taps_that_are_not_there_are_refused(tmp_path, capsys):
-    network = models.build("cifar_resnet8", classes=7, size=32)
-    with pytest.raises(models.ModelError, match=r"CifarResNet gives no features at taps \[1, 9\]"):
-        network.shapes(32, (1, 9))
-    mobile = models.build("mobilenetv2_050", classes=7, size=32)
-    with pytest.raises(models.ModelError, match="EfficientNet gives no preactivation features"):
-        mobile.shapes(32, mobile.default_taps(), preactivation=True)
-
-
 def test_bank_of_the_papers_pair_has_its_size():
     """ReviewKD from BEiTv2-L to ResNet-50 adds the 18,665,096 parameters that were measured in vanillaKD."""
     student = [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (2048,)]

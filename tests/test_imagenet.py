@@ -1,6 +1,5 @@
 """ImageNet: the augmentation, sampling and optimizer of upstream's timm pipeline, its sources, streams, teachers and labels."""
 
-import argparse
 import collections
 import io
 import json
@@ -18,7 +17,7 @@ import timm.data
 import torch
 from conftest import ROOT, STUDENT, make_recipe, write
 from PIL import Image
-from timm.data import ImageNetInfo, Mixup, RealLabelsImagenet, create_transform
+from timm.data import ImageNetInfo, Mixup, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -323,165 +322,6 @@ def test_class_ids():
         data.class_ids("s", [WNIDS[0], "n00000000"], 1000)
     with pytest.raises(data.DataError, match=re.escape("s: 2 classes found, the recipe's data.classes is 3")):
         data.class_ids("s", ["0", "1"], 3)
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-class ByBlue(torch.nn.Module):
-    """Answers with the class that the blue channel's mean names, then its neighbours."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = types.SimpleNamespace(num_classes=1000)
-
-    def forward(self, images):
-        named = (images[:, 2].mean((1, 2)) * 255).round().long()
-        return -(torch.arange(1000) - named[:, None]).abs().float()
-
-
-def test_the_three_imagenet_sets(tmp_path, monkeypatch, capsys):
-    """Known answers: a right one, a wrong one that ReaL accepts, one among the first five, an image without ReaL labels."""
-    real = RealLabelsImagenet([f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 50_001)]).real_labels
-    number = {name: int(name[-13:-5]) for name in real}
-    several = next(
-        n for n, ids in real.items() if len(ids) > 1 and max(ids) < 240 and min(abs(ids[0] - i) for i in ids[1:]) > 5
-    )
-    single = next(n for n, ids in real.items() if len(ids) == 1 and 20 < ids[0] < 240 and n != several)
-    without = next(n for n, ids in real.items() if not ids)
-    a, b = real[several][:2]
-    (c,) = real[single]
-    images = [  # (class by ImageNet-1K, file, what the network answers)
-        (WNIDS[a], several, b),  # wrong for ImageNet, the second of the right ones for ReaL
-        (WNIDS[c], single, c + 1),  # second of the first five for both
-        (WNIDS[11], without, 11),  # right for ImageNet, not counted by ReaL
-    ]
-    class_folders(tmp_path / "in1k", "val", images)
-    v2 = [("2", "x.jpeg", 2), ("10", "y.jpeg", 10), ("100", "z.jpeg", 2)]  # by text, "10" would be class 0
-    for folder, name, value in v2:
-        (tmp_path / "v2" / folder).mkdir(parents=True)
-        (tmp_path / "v2" / folder / name).write_bytes(jpeg(value, size=(16, 16)))
-
-    prepared = types.SimpleNamespace(size=16, crop_pct=1.0, interpolation="bilinear")
-
-    def networks(path, args):
-        yield path, ByBlue(), evaluate._wanted(path, prepared, None, args)
-
-    decoded, decode = [], data.decode
-    monkeypatch.setattr(evaluate, "_networks", networks)
-    monkeypatch.setattr(data, "decode", lambda row: decoded.append(row["path"]) or decode(row))
-    sets = ["--on", "imagenet", "real", "v2", "--data", str(tmp_path / "in1k"), "--v2", str(tmp_path / "v2")]
-    evaluate.main(["one", "two", *sets, "--json", "--workers", "0"])
-    rows = json.loads(capsys.readouterr().out)
-    expected = {
-        "imagenet": {"split": "validation", "top1": 33.3333, "top5": 66.6667, "n": 3},
-        "real": {"split": "validation", "top1": 50.0, "top5": 100.0, "n": 2},
-        "v2": {"split": "train", "top1": 66.6667, "top5": 66.6667, "n": 3},
-    }
-    assert rows == [{"checkpoint": name, "data": key, **row} for name in ("one", "two") for key, row in expected.items()]
-    assert len(decoded) == 6  # once for both checkpoints, and once for ImageNet and ReaL
-    assert number[without] in evaluate.real_labels() and evaluate.real_labels()[number[several]] == real[several]
-    evaluate.main(["one", *sets, "--workers", "0"])
-    assert capsys.readouterr().out.splitlines()[1].split() == ["one", "imagenet", "validation", "33.33", "66.67", "3"]
-
-
-def test_sets_that_cannot_be_imagenets_are_refused(tmp_path, capsys):
-    network = models.build("cifar_resnet8", classes=1000, size=8, model_args={"widths": [2, 2, 2, 2]})
-    models.export(network, tmp_path / "s", model_args={"widths": [2, 2, 2, 2]}, size=8, crop_pct=1.0, interpolation="bilinear")
-    pets = class_folders(tmp_path / "pets", "val", [("ant", "1.jpg", 1), ("bee", "2.jpg", 1)])
-    for arguments, message in (
-        (["--on", "imagenet", "--data", str(pets)], "2 classes found, the recipe's data.classes is 1000"),
-        (["--on", "v2"], "ImageNet-V2: name its folder (or its name on the hub) with --v2"),
-    ):
-        with pytest.raises(SystemExit) as caught:
-            evaluate.main([str(tmp_path / "s"), *arguments, "--workers", "0"])
-        assert caught.value.code == 2 and message in capsys.readouterr().err
-    folder = class_folders(tmp_path / "d", "val", [(wnid, "first.JPEG", 1) for wnid in WNIDS[:2]])
-    with pytest.raises(SystemExit):
-        evaluate.main([str(tmp_path / "s"), "--on", "real", "--data", str(folder), "--workers", "0"])
-    assert "by its file name, ILSVRC2012_val_00000001.JPEG; found first.JPEG" in capsys.readouterr().err
-
-
-def test_there_are_46837_images_with_real_labels():
-    labels = evaluate.real_labels()
-    assert len(labels) == 50_000 and sum(bool(ids) for ids in labels.values()) == 46_837
-
-
-# ---------------------------------------------------------------- networks
-
-
-def facebook_names(state):
-    """timm's ConvNeXtV2 keys as facebookresearch/ConvNeXt-V2 (and so vanillaKD's released student) has them."""
-    renamed = {}
-    for key, value in state.items():
-        key = re.sub(r"^stem\.(\d)", r"downsample_layers.0.\1", key)
-        key = re.sub(r"^stages\.(\d)\.downsample\.(\d)", r"downsample_layers.\1.\2", key)
-        key = re.sub(r"^stages\.(\d)\.blocks\.(\d+)\.", r"stages.\1.\2.", key)
-        key = key.replace("conv_dw", "dwconv").replace("mlp.fc1", "pwconv1").replace("mlp.fc2", "pwconv2")
-        key = key.replace("mlp.grn.weight", "grn.gamma").replace("mlp.grn.bias", "grn.beta")
-        key = key.replace("head.norm.", "norm.").replace("head.fc.", "head.")
-        renamed[key] = value.view(1, 1, 1, -1) if "grn" in key else value
-    return renamed
-
-
-def test_upstreams_student_checkpoints_load(tmp_path):
-    """vanillaKD releases timm's files (with the arguments of the run inside) and ConvNeXtV2 under facebook's names."""
-    torch.manual_seed(0)
-    small = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
-    model = timm.create_model("convnextv2_atto", num_classes=10, **small).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    torch.save({"model": facebook_names(model.state_dict())}, tmp_path / "facebook.pth")
-    saved = {"epoch": 3, "arch": "x", "state_dict": model.state_dict(), "args": argparse.Namespace(lr=0.1), "metric": 80.0}
-    torch.save(saved, tmp_path / "timm.pth.tar")
-    images = torch.rand(2, 3, 32, 32)
-    for file in ("facebook.pth", "timm.pth.tar"):
-        loaded = models.build("convnextv2_atto", classes=10, size=32, model_args=small, checkpoint=tmp_path / file).eval()
-        mean, std = (torch.tensor(loaded.statistics[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
-        torch.testing.assert_close(loaded(images), model((images - mean) / std))
-    del saved["state_dict"]["head.fc.bias"]
-    torch.save(saved, tmp_path / "torn.pth")
-    with pytest.raises(models.ModelError, match=r"missing head.fc.bias"):
-        models.build("convnextv2_atto", classes=10, size=32, model_args=small, checkpoint=tmp_path / "torn.pth")
-
-
-@pytest.mark.parametrize(
-    "tag, mean, size, interpolation",
-    [
-        ("beitv2_large_patch16_224.in1k_ft_in22k_in1k", 0.485, 224, "bicubic"),
-        ("beitv2_base_patch16_224.in1k_ft_in22k_in1k", 0.485, 224, "bicubic"),
-        ("beitv2_base_patch16_224.in1k_ft_in1k", 0.485, 224, "bicubic"),
-        ("convnext_xlarge.fb_in22k_ft_in1k", 0.485, 224, "bicubic"),
-        ("resnet152.a1h_in1k", 0.485, 224, "bicubic"),
-        ("resnet50.tv_in1k", 0.485, 224, "bilinear"),
-        ("resnet34.tv_in1k", 0.485, 224, "bilinear"),
-        ("vit_small_patch16_224", 0.5, 224, "bicubic"),
-        ("deit_small_patch16_224", 0.485, 224, "bicubic"),
-    ],
-)
-def test_tags_bring_their_own_preprocessing(tag, mean, size, interpolation):
-    config = timm.get_pretrained_cfg(tag)
-    assert (config.mean[0], config.input_size[-1], config.interpolation) == (mean, size, interpolation)
-    models.check_pretrained(tag, classes=1000, size=224)
-
-
-def test_a_teacher_that_does_not_answer_for_the_data_is_refused():
-    with pytest.raises(models.ModelError, match="was trained for 21841 classes, the data has 1000"):
-        models.check_pretrained("beitv2_base_patch16_224.in1k_ft_in22k", classes=1000, size=224)
-    with pytest.raises(models.ModelError, match=r"was trained at 384 pixels and would see 224: set teacher.size to 384"):
-        models.check_pretrained("convnext_xlarge.fb_in22k_ft_in1k_384", classes=1000, size=224)
-    with pytest.raises(models.ModelError, match=r"no pretrained weights called 'resnet50.a9_in1k' \(it has: resnet50.a1_in1k"):
-        models.check_pretrained("resnet50.a9_in1k", classes=1000, size=224)
-
-
-def test_a_teacher_resizes_its_input():
-    small = dict(model_args={"widths": [4, 4, 8, 8]}, classes=10)
-    plain = models.build("cifar_resnet8", size=32, **small)
-    resizing = models.build("cifar_resnet8", size=16, resize=32, **small)
-    resizing.model.load_state_dict(plain.model.state_dict())
-    images = torch.rand(2, 3, 16, 16)
-    larger = torch.nn.functional.interpolate(images, 32, mode="bilinear", antialias=True).clamp(0, 1)
-    assert torch.equal(resizing(images), plain(larger)) and not torch.equal(resizing(images), plain(images))
 
 
 # ---------------------------------------------------------------- optimizer

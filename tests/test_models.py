@@ -1,7 +1,11 @@
-"""models.py: the published CIFAR layouts, loading and export, normalisation, Distilled."""
+"""models.py: the published CIFAR layouts, features, normalisation, building, loading, export, class names."""
 
+import argparse
 import json
+import multiprocessing
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +13,8 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from timm.data import ImageNetInfo
 
-import losses
 import models
 
 PARAMETERS = {
@@ -31,7 +35,7 @@ def test_cifar_resnets_have_the_published_sizes(name):
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_resnet8x4"])
 def test_cifar_resnets_have_the_published_keys(name):
-    """RepDistiller's key layout, spelled out: a shortcut where the stride or the channels change (option B)."""
+    """RepDistiller's key layout: a shortcut where the stride or the channels change (option B)."""
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     expected = {"conv1.weight", "fc.weight", "fc.bias"} | {f"bn1.{n}" for n in norm}
     blocks, shortcuts = (3, {2, 3}) if name == "cifar_resnet20" else (1, {1, 2, 3})
@@ -57,12 +61,15 @@ def test_cifar_resnet_initialisation_and_timm_conventions():
 
 
 def test_a_published_teacher_loads_strictly(tmp_path):
-    """RepDistiller's files: {"epoch", "model", "accuracy", "optimizer"}; DataParallel's prefix is tolerated."""
+    """RepDistiller's files {"epoch", "model", "accuracy", "optimizer"}, also with DataParallel's prefix."""
     original = timm.create_model("cifar_resnet20", num_classes=100)
     for prefix in ("", "module."):
         state = {prefix + k: v for k, v in original.state_dict().items()}
         optimizer = torch.optim.SGD(original.parameters(), 0.1).state_dict()
-        torch.save({"epoch": 240, "model": state, "accuracy": torch.tensor(72.3), "optimizer": optimizer}, tmp_path / "t.pth")
+        torch.save(
+            {"epoch": 240, "model": state, "accuracy": torch.tensor(72.3), "optimizer": optimizer},
+            tmp_path / "t.pth",
+        )
         loaded = models.build("cifar_resnet20", classes=100, size=32, checkpoint=tmp_path / "t.pth")
         assert all(torch.equal(v, loaded.model.state_dict()[k]) for k, v in original.state_dict().items())
 
@@ -72,9 +79,15 @@ def test_a_published_teacher_loads_strictly(tmp_path):
     [
         (lambda s: s.pop("fc.bias"), r"127 of 128 tensors match; missing fc.bias"),
         (lambda s: s.update({"extra": torch.zeros(1)}), r"128 of 128 tensors match; unexpected extra"),
-        (lambda s: s.update({"fc.weight": torch.zeros(10, 64)}), r"fc.weight is \(10, 64\), expected \(100, 64\)"),
+        (
+            lambda s: s.update({"fc.weight": torch.zeros(10, 64)}),
+            r"fc.weight is \(10, 64\), expected \(100, 64\)",
+        ),
         (lambda s: s.update({"fc.weight": 3}), r"fc.weight is \('not a tensor',\)"),
-        (lambda s: [s.update({"net." + k: s.pop(k)}) for k in list(s)], r"0 of 128 tensors match; missing conv1.weight"),
+        (
+            lambda s: [s.update({"net." + k: s.pop(k)}) for k in list(s)],
+            r"0 of 128 tensors match; missing conv1.weight",
+        ),
     ],
     ids=["missing", "unexpected", "shape", "type", "prefix"],
 )
@@ -118,7 +131,10 @@ def test_torn_files_are_refused(content, suffix, tmp_path):
         (dict(model="resnet5O"), "timm has no model 'resnet5O', did you mean 'resnet50'?"),
         (dict(model="hf-hub:someone/something"), "timm has no model 'hf-hub:someone/something'"),
         (dict(model="local-dir:/tmp/x"), "timm has no model 'local-dir:/tmp/x'"),
-        (dict(model="cifar_resnet20", model_args={"width": 4}), "cannot be built with .*unexpected keyword argument 'width'"),
+        (
+            dict(model="cifar_resnet20", model_args={"width": 4}),
+            "cannot be built with .*unexpected keyword argument 'width'",
+        ),
         (dict(model="cifar_resnet20", model_args={"depth": 21}), "depth must be 6 n"),
         (dict(model="vit_tiny_patch16_224"), "cannot take images of 32x32"),
         (dict(model="cifar_resnet20", checkpoint="nowhere.pth"), "nowhere.pth: no such file"),
@@ -135,18 +151,34 @@ def test_each_network_normalises_its_own_input():
     network = models.build("cifar_resnet20", classes=100, size=32).eval()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)))
     torch.testing.assert_close(network(images), network.model((images - mean) / std))
-    vit = models.build("vit_tiny_patch16_224", classes=5, size=32, model_args={"img_size": 32, "patch_size": 8}).eval()
+    vit = models.build(
+        "vit_tiny_patch16_224", classes=5, size=32, model_args={"img_size": 32, "patch_size": 8}
+    ).eval()
     torch.testing.assert_close(vit(images), vit.model(images * 2 - 1))  # timm's ViTs use 0.5 and 0.5
     own = models.build("cifar_resnet20", classes=100, size=32, mean=(0.0,) * 3, std=(1.0,) * 3).eval()
     torch.testing.assert_close(own(images), own.model(images))
 
 
+LOAD_IN_TIMM = """
+import json, models, sys, timm, torch
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+config = timm.data.resolve_data_config(model=model)
+values = [config[key] for key in ("mean", "std", "crop_pct", "input_size", "interpolation")]
+print(json.dumps([model(torch.load(sys.argv[2])).tolist(), *values]))
+"""
+
+
 @pytest.mark.parametrize(
     "name, arguments",
-    [("cifar_resnet8", {"widths": [4, 4, 8, 16]}), ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2})],
+    [
+        ("cifar_resnet8", {"widths": [4, 4, 8, 16]}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2}),
+    ],
 )
 def test_exported_students_load_in_timm(name, arguments, tmp_path):
-    network = models.build(name, classes=7, size=32, model_args=arguments, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)).eval()
+    network = models.build(
+        name, classes=7, size=32, model_args=arguments, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
+    ).eval()
     for _ in range(2):  # the second replaces the first
         models.export(
             network,
@@ -160,12 +192,11 @@ def test_exported_students_load_in_timm(name, arguments, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["config.json", "model.safetensors"]
     images = torch.rand(2, 3, 32, 32)
-    code = "import json, models, timm, torch, sys; m = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval();"
-    code += "c = timm.data.resolve_data_config(model=m); x = torch.load(sys.argv[2]);"
-    code += "print(json.dumps([m(x).tolist(), c['mean'], c['std'], c['crop_pct'], c['input_size'], c['interpolation']]))"
     torch.save((images - network.mean) / network.std, tmp_path / "x.pt")
-    command = [sys.executable, "-c", code, str(tmp_path / "s"), str(tmp_path / "x.pt")]
-    logits, *config = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    command = [sys.executable, "-c", LOAD_IN_TIMM, str(tmp_path / "s"), str(tmp_path / "x.pt")]
+    logits, *config = json.loads(
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
     torch.testing.assert_close(torch.tensor(logits), network(images))
     assert config == [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 0.9, [3, 32, 32], "bicubic"]
     again, _ = models.load_exported(tmp_path / "s")
@@ -182,21 +213,397 @@ def test_an_export_that_was_killed_does_not_block_the_next(tmp_path):
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_distilled_combines_the_terms():
-    network = models.build("cifar_resnet8", classes=10, size=8)
-    images, taught, target = torch.rand(4, 3, 8, 8), torch.randn(4, 10), torch.arange(4)
-    module = models.Distilled(network, losses.cross_entropy, losses.make_loss("kd", temperature=4.0), hard_weight=0.1)
-    terms = module(images, (taught, None), target, None, 0.9)
-    torch.testing.assert_close(terms["loss"], 0.1 * terms["hard"] + 0.9 * terms["soft"])
-    assert terms["loss"].requires_grad
-    alone = models.Distilled(network, losses.cross_entropy, None, hard_weight=1.0)(images, None, target, None, 0.0)
-    assert set(alone) == {"loss", "hard"} and alone["loss"] == alone["hard"]
+# ---------------------------------------------------------------- features
 
 
-def test_losses_are_float32_under_autocast():
-    network = models.build("cifar_resnet8", classes=10, size=8)
-    module = models.Distilled(network, losses.cross_entropy, losses.kd, hard_weight=1.0)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert network(torch.rand(4, 3, 8, 8)).dtype == torch.bfloat16
-        terms = module(torch.rand(4, 3, 8, 8), (torch.randn(4, 10).bfloat16(), None), torch.arange(4), None, 1.0)
-    assert {t.dtype for t in terms.values()} == {torch.float32}
+@pytest.mark.parametrize(
+    "name, size, arguments, expected",
+    [
+        ("cifar_resnet20", 32, {}, [(16, 32, 32), (32, 16, 16), (64, 8, 8), (64,)]),
+        ("resnet18", 64, {}, [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2), (512,)]),
+        ("mobilenetv2_050", 64, {}, [(16, 16, 16), (16, 8, 8), (48, 4, 4), (160, 2, 2), (1280,)]),
+        ("convnextv2_atto", 64, {}, [(40, 16, 16), (80, 8, 8), (160, 4, 4), (320, 2, 2), (320,)]),
+        (
+            "beitv2_base_patch16_224",
+            64,
+            dict(img_size=64, depth=5, embed_dim=32, num_heads=2),
+            [(2, 16, 16), (8, 8, 8), (32, 4, 4), (32, 2, 2), (32,)],
+        ),
+        ("vit_tiny_patch16_224", 64, dict(img_size=64, depth=2), [(192, 4, 4), (192, 4, 4), (192,)]),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_taps_give_maps_and_leave_the_logits(name, size, arguments, expected):
+    network = models.build(name, classes=7, size=size, model_args=arguments).eval()
+    images = torch.rand(2, 3, size, size)
+    taps = network.default_taps()
+    with torch.no_grad():
+        logits, features = network(images, taps)
+        assert torch.equal(logits, network(images))
+    assert [tuple(f.shape[1:]) for f in features] == expected == network.shapes(size, taps)
+    classifier = network.model.get_classifier()
+    torch.testing.assert_close(classifier(features[-1]), logits)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", "resnet26"])
+def test_preactivation_features_are_those_before_the_relu(name):
+    """vanillaKD's "pre-activation" maps share storage with timm's in-place ReLU, and are its output."""
+    network = models.build(name, classes=7, size=32).eval()
+    for norm in (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        (
+            torch.nn.init.normal_(norm.weight),
+            torch.nn.init.normal_(norm.bias),
+        )  # some timm blocks begin as the identity
+    images, taps = torch.rand(2, 3, 32, 32), network.default_taps()
+    with torch.no_grad():
+        (logits, after), (same, before) = network(images, taps), network(images, taps, True)
+    assert torch.equal(logits, same)
+    for a, b in zip(after[:-1], before[:-1], strict=True):
+        assert b.min() < 0 and torch.equal(a, b.relu())
+    assert torch.equal(after[-1], before[-1])
+
+
+def test_taps_that_are_not_there_are_refused():
+    network = models.build("cifar_resnet8", classes=7, size=32)
+    with pytest.raises(models.ModelError, match=r"CifarResNet gives no features at taps \[1, 9\]"):
+        network.shapes(32, (1, 9))
+    mobile = models.build("mobilenetv2_050", classes=7, size=32)
+    with pytest.raises(models.ModelError, match="EfficientNet gives no preactivation features"):
+        mobile.shapes(32, mobile.default_taps(), preactivation=True)
+
+
+# ---------------------------------------------------------------- other people's weights
+
+
+def facebook_names(state):
+    """timm's ConvNeXtV2 keys as facebookresearch/ConvNeXt-V2 and vanillaKD's released student have them."""
+    renamed = {}
+    for key, value in state.items():
+        key = re.sub(r"^stem\.(\d)", r"downsample_layers.0.\1", key)
+        key = re.sub(r"^stages\.(\d)\.downsample\.(\d)", r"downsample_layers.\1.\2", key)
+        key = re.sub(r"^stages\.(\d)\.blocks\.(\d+)\.", r"stages.\1.\2.", key)
+        key = key.replace("conv_dw", "dwconv").replace("mlp.fc1", "pwconv1").replace("mlp.fc2", "pwconv2")
+        key = key.replace("mlp.grn.weight", "grn.gamma").replace("mlp.grn.bias", "grn.beta")
+        key = key.replace("head.norm.", "norm.").replace("head.fc.", "head.")
+        renamed[key] = value.view(1, 1, 1, -1) if "grn" in key else value
+    return renamed
+
+
+def test_upstreams_student_checkpoints_load(tmp_path):
+    """vanillaKD releases timm's files, with a run's arguments, and ConvNeXtV2 under facebook's names."""
+    torch.manual_seed(0)
+    small = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    model = timm.create_model("convnextv2_atto", num_classes=10, **small).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    torch.save({"model": facebook_names(model.state_dict())}, tmp_path / "facebook.pth")
+    saved = {
+        "epoch": 3,
+        "arch": "x",
+        "state_dict": model.state_dict(),
+        "args": argparse.Namespace(lr=0.1),
+        "metric": 80.0,
+    }
+    torch.save(saved, tmp_path / "timm.pth.tar")
+    images = torch.rand(2, 3, 32, 32)
+    for file in ("facebook.pth", "timm.pth.tar"):
+        loaded = models.build(
+            "convnextv2_atto", classes=10, size=32, model_args=small, checkpoint=tmp_path / file
+        ).eval()
+        mean, std = (torch.tensor(loaded.statistics[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+        torch.testing.assert_close(loaded(images), model((images - mean) / std))
+    del saved["state_dict"]["head.fc.bias"]
+    torch.save(saved, tmp_path / "torn.pth")
+    with pytest.raises(models.ModelError, match=r"missing head.fc.bias"):
+        models.build(
+            "convnextv2_atto", classes=10, size=32, model_args=small, checkpoint=tmp_path / "torn.pth"
+        )
+
+
+@pytest.mark.parametrize(
+    "tag, mean, size, interpolation",
+    [
+        ("beitv2_large_patch16_224.in1k_ft_in22k_in1k", 0.485, 224, "bicubic"),
+        ("beitv2_base_patch16_224.in1k_ft_in22k_in1k", 0.485, 224, "bicubic"),
+        ("beitv2_base_patch16_224.in1k_ft_in1k", 0.485, 224, "bicubic"),
+        ("convnext_xlarge.fb_in22k_ft_in1k", 0.485, 224, "bicubic"),
+        ("resnet152.a1h_in1k", 0.485, 224, "bicubic"),
+        ("resnet50.tv_in1k", 0.485, 224, "bilinear"),
+        ("resnet34.tv_in1k", 0.485, 224, "bilinear"),
+        ("vit_small_patch16_224", 0.5, 224, "bicubic"),
+        ("deit_small_patch16_224", 0.485, 224, "bicubic"),
+    ],
+)
+def test_tags_bring_their_own_preprocessing(tag, mean, size, interpolation):
+    config = timm.get_pretrained_cfg(tag)
+    assert (config.mean[0], config.input_size[-1], config.interpolation) == (mean, size, interpolation)
+    models.check_pretrained(tag, classes=1000, size=224)
+
+
+def test_a_teacher_that_does_not_answer_for_the_data_is_refused():
+    with pytest.raises(models.ModelError, match="was trained for 21841 classes, the data has 1000"):
+        models.check_pretrained("beitv2_base_patch16_224.in1k_ft_in22k", classes=1000, size=224)
+    with pytest.raises(
+        models.ModelError, match=r"was trained at 384 pixels and would see 224: set teacher.size to 384"
+    ):
+        models.check_pretrained("convnext_xlarge.fb_in22k_ft_in1k_384", classes=1000, size=224)
+    with pytest.raises(
+        models.ModelError, match=r"no pretrained weights called 'resnet50.a9_in1k' \(it has: resnet50.a1_in1k"
+    ):
+        models.check_pretrained("resnet50.a9_in1k", classes=1000, size=224)
+
+
+def test_a_teacher_resizes_its_input():
+    small = dict(model_args={"widths": [4, 4, 8, 8]}, classes=10)
+    plain = models.build("cifar_resnet8", size=32, **small)
+    resizing = models.build("cifar_resnet8", size=16, resize=32, **small)
+    resizing.model.load_state_dict(plain.model.state_dict())
+    images = torch.rand(2, 3, 16, 16)
+    larger = torch.nn.functional.interpolate(images, 32, mode="bilinear", antialias=True).clamp(0, 1)
+    assert torch.equal(resizing(images), plain(larger)) and not torch.equal(resizing(images), plain(images))
+
+
+# ---------------------------------------------------------------- recipes and folders from strangers
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("pretrained_cfg", {"url": "http://127.0.0.1:1/weights.pth"}),
+        ("pretrained_cfg_overlay", {"file": "/etc/passwd"}),
+        ("pretrained_strict", False),
+        ("checkpoint_path", "weights.pth"),
+        ("cache_dir", "/tmp/elsewhere"),
+        ("hf_hub_id", "someone/something"),
+        ("url", "http://127.0.0.1:1/weights.pth"),
+        ("file", "weights.pth"),
+        ("weights", "weights.pth"),
+        ("scriptable", True),
+        ("exportable", True),
+        ("no_jit", True),
+        ("features_only", True),
+        ("kwargs_filter", ["depth"]),
+        ("model_name", "resnet50"),
+        ("widths", {"stem": 4}),
+        ("widths", [4, [4, {}]]),
+    ],
+)
+def test_model_args_can_only_shape_the_network(key, value):
+    with pytest.raises(models.ModelError, match=f"model_args: '{key}' is"):
+        models.build("cifar_resnet8", classes=10, size=8, model_args={key: value})
+
+
+def test_model_args_of_recipes_are_accepted():
+    """Those that the recipes here use, and one of each kind of value."""
+    recipes = [json.loads(path.read_text()) for path in (ROOT / "recipes").glob("*.json")]
+    used = [student.get("model_args", {}) for recipe in recipes for student in recipe.get("students", ())]
+    assert any(used)
+    for arguments in used:
+        models.check_model_args(arguments)
+    models.check_model_args(
+        {"a": 1, "b": 0.5, "c": "gelu", "d": True, "e": None, "f": [[1, 2], (3,)], "weight_init": ""}
+    )
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """An exported student, and a function that changes its config.json."""
+    network = models.build("cifar_resnet8", classes=3, size=8, model_args={"widths": [2, 2, 2, 2]})
+    preprocessing = dict(size=8, crop_pct=1.0, interpolation="bilinear")
+    folder = tmp_path / "student"
+    names = ["cat", "dog", "frog"]
+    models.export(network, folder, model_args={"widths": [2, 2, 2, 2]}, label_names=names, **preprocessing)
+
+    def edit(change):
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return network, edit
+
+
+def test_a_config_cannot_name_other_weights(exported, tmp_path):
+    """The weights are those of the folder, whatever its config.json and the other files in it say."""
+    network, edit = exported
+    other = timm.create_model("cifar_resnet8", num_classes=3, widths=[2, 2, 2, 2]).state_dict()
+    torch.save(other, tmp_path / "other.pth")
+    torch.save(other, tmp_path / "student" / "pytorch_model.bin")
+    places = {
+        "url": "http://127.0.0.1:1/x.pth",
+        "file": str(tmp_path / "other.pth"),
+        "hf_hub_id": "a/b",
+        "custom_load": True,
+    }
+    folder = edit(
+        lambda config: config["pretrained_cfg"].update(places, state_dict={"fc.weight": 1}, source="file")
+    )
+    loaded, config = models.load_exported(folder)
+    for key, value in network.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[key], value)
+    assert (
+        not {"url", "file", "hf_hub_id", "state_dict", "source"} & config.keys() and not config["custom_load"]
+    )
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(models.ModelError, match=r"no model\.safetensors"):
+        models.load_exported(folder)
+
+
+def load_watched(folder):
+    """(the error, files and sockets opened) of load_exported; in a process that ends, as audit hooks stay."""
+    opened = []
+
+    def watch(event, arguments):
+        if event == "open" or event.startswith("socket."):
+            opened.append(str(arguments[0]) if event == "open" else event)
+
+    sys.addaudithook(watch)
+    try:
+        models.load_exported(folder)
+        return None, opened
+    except models.ModelError as error:
+        return str(error), opened
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"checkpoint_path": "{}/other.pth"},
+        {"pretrained_cfg_overlay": {"source": "", "file": "{}/other.pth"}},
+        {
+            "pretrained_cfg_overlay": {"source": "", "file": "", "url": "http://127.0.0.1:1/x.pth"},
+            "cache_dir": "{}/cache",
+        },
+    ],
+)
+def test_model_args_of_a_config_open_nothing(arguments, exported, tmp_path):
+    network, edit = exported
+    torch.save(network.model.state_dict(), tmp_path / "other.pth")
+    text = json.dumps(arguments).replace("{}", str(tmp_path))
+    folder = edit(lambda config: config["model_args"].update(json.loads(text)))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        message, opened = pool.apply(load_watched, (folder,))
+    assert f"config.json: model_args: '{next(iter(arguments))}' is not accepted" in message
+    assert [path for path in opened if "socket" in path or str(tmp_path) in path] == [
+        str(folder / "config.json")
+    ]
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda c: c.update(architecture="hf-hub:someone/something"),
+            "timm has no model 'hf-hub:someone/something'",
+        ),
+        (lambda c: c.update(architecture=["resnet50"]), r"timm has no model \['resnet50'\]"),
+        (lambda c: c.pop("architecture"), "not what timm's save_for_hf writes: KeyError"),
+        (lambda c: c.update(pretrained_cfg=[]), "not what timm's save_for_hf writes: TypeError"),
+        (lambda c: c.update(model_args=[1]), "not what timm's save_for_hf writes: AttributeError"),
+        (lambda c: c["model_args"].update(depth="8"), "cannot be loaded by timm"),
+        (lambda c: c["pretrained_cfg"].update(mean="dark"), "cannot be loaded by timm"),
+        # timm alone would give the student a random classifier
+        (lambda c: c["model_args"].update(num_classes=5), r"fc.weight is \(3, 2\), expected \(5, 2\)"),
+    ],
+    ids=range(8),
+)
+def test_an_edited_config_is_refused(change, message, exported):
+    with pytest.raises(models.ModelError, match=message):
+        models.load_exported(exported[1](change))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_links_out_of_an_exported_folder_are_refused(name, exported, tmp_path):
+    folder = exported[1](lambda config: None)
+    (folder / name).rename(folder / "inside")
+    (folder / name).symlink_to("inside")
+    models.load_exported(folder)
+    (folder / "inside").rename(tmp_path / "outside")
+    (folder / name).unlink()
+    (folder / name).symlink_to("../outside")
+    with pytest.raises(models.ModelError, match=f"{name}: a link out of its folder, to .*outside"):
+        models.load_exported(folder)
+    if name == "model.safetensors":
+        with pytest.raises(models.ModelError, match="a link out of its folder"):
+            models.build(
+                "cifar_resnet8", classes=3, size=8, model_args={"widths": [2, 2, 2, 2]}, checkpoint=folder
+            )
+
+
+# ---------------------------------------------------------------- classes by name
+
+
+def test_an_exported_student_knows_its_classes(exported):
+    _, edit = exported
+    loaded, _ = models.load_exported(edit(lambda config: None))
+    assert models.label_names(loaded) == ["cat", "dog", "frog"]
+    for names, expected in (
+        ({"0": "cat", "1": "dog", "2": "frog"}, ["cat", "dog", "frog"]),  # timm's other form
+        ({"0": "cat", "7": "dog", "2": "frog"}, None),
+        (["cat", "dog"], None),
+        (["cat", "dog", 3], None),
+        (None, None),
+    ):
+        folder = edit(lambda config, names=names: config.update(label_names=names))
+        assert models.label_names(models.load_exported(folder)[0]) == expected
+    assert models.label_names(models.build("cifar_resnet8", classes=3, size=8)) is None
+
+
+def test_classes_are_matched_by_name():
+    known = ["cat", "dog", "frog"]
+    assert models.match_classes(known, ["cat", "dog", "frog"]) == [0, 1, 2]
+    assert models.match_classes(known, ("frog", "cat")) == [2, 0]
+    with pytest.raises(models.ModelError) as caught:
+        models.match_classes(known, ["dog", "frog", "zebra"])
+    assert str(caught.value).endswith("3; only in the data: 'zebra'; only in the network: 'cat'")
+    with pytest.raises(
+        models.ModelError, match=r"only in the data: '10', '11', .* and 80 more; only in the network: none"
+    ):
+        models.match_classes([str(i) for i in range(10)], [str(i) for i in range(100)])
+    with pytest.raises(models.ModelError, match="the network has a name twice"):
+        models.match_classes(["crane", "crane"], ["crane"])
+
+
+def test_imagenets_classes_match_however_they_are_written():
+    imagenet = ImageNetInfo()
+    wnids, described = imagenet.label_names(), imagenet.label_descriptions()
+    described = [
+        text.split(",")[0] + ", another synonym" for text in described
+    ]  # as on the hub, other synonyms
+    numbers = [str(i) for i in range(1000)]
+    for known in (wnids, described, numbers):
+        for wanted in (wnids, described, numbers):
+            assert models.match_classes(known, wanted) == list(range(1000))
+    assert models.match_classes(described, [wnids[7], wnids[3]]) == [7, 3]
+    with pytest.raises(
+        models.ModelError, match="the network has 1000 classes, the data 1000; only in the data: 'n01440764'"
+    ):
+        models.match_classes([f"thing {i}" for i in range(1000)], wnids)
+
+
+# ---------------------------------------------------------------- alone
+
+
+ALONE = """
+import json, sys, models, timm, torch
+network = timm.create_model("cifar_resnet20", num_classes=7)
+student = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+images = torch.load(sys.argv[2])
+print(json.dumps([list(network(torch.rand(2, 3, 32, 32)).shape), student(images).tolist()]))
+"""
+
+
+def test_the_file_works_alone(exported, tmp_path):
+    """Copied into an empty folder it registers its networks, and timm loads an exported student."""
+    network, edit = exported
+    (tmp_path / "alone").mkdir()
+    shutil.copy(ROOT / "models.py", tmp_path / "alone")
+    images = torch.rand(2, 3, 8, 8)
+    torch.save((images - network.mean) / network.std, tmp_path / "images.pt")
+    (tmp_path / "alone" / "use.py").write_text(ALONE)
+    command = [sys.executable, "use.py", str(edit(lambda config: None)), str(tmp_path / "images.pt")]
+    out = subprocess.run(command, cwd=tmp_path / "alone", capture_output=True, text=True, check=True).stdout
+    shape, logits = json.loads(out)
+    assert shape == [2, 7]
+    torch.testing.assert_close(torch.tensor(logits), network.eval()(images))

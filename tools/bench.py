@@ -1,229 +1,506 @@
-"""What a choice costs: time and peak memory of several ways to do a thing, measured side by side.
+"""Time and memory of this project beside the usual ways to do the same work, measured side by side.
 
-    python tools/bench.py losses           # every loss against its definition as the reference repositories compute it
-    python tools/bench.py methods          # a training step by every method, res56 -> res20 on CIFAR-100
-    python tools/bench.py dkd              # one loss alone; also kd, dist, bkl, cc, rkd, crd, reviewkd
-        [--device cuda] [--rounds 5] [--threads 1] [--json FILE]
+    python tools/bench.py input      # images per second: timm's loader, our pipelines; CIFAR by PIL, resident
+    python tools/bench.py step       # a training step: mdistiller's, vanillaKD's and timm's loop, ours
+    python tools/bench.py losses     # losses and their definitions: time, peak memory
+    python tools/bench.py startup    # from the command to the first step; imports
+    python tools/bench.py overhead   # what our loop adds to a plain one, with next to no arithmetic
+        [--rounds 5] [--threads 1] [--device cuda] [--data DIR] [--json results/bench.json]
+    python tools/bench.py table [FILE.json ...] [--write docs/speed.md]    # what --json wrote, as Markdown
 
-Time is the median over rounds that take them in turn, so that other work on the machine meets all; memory is the peak of one
-forward and backward above what is there before it, each in a process of its own. Ratios are to the first row. The references
-are written here by the formulas of vanillaKD, mdistiller, RepDistiller and DIST_KD.
+Every way has a process of its own, and the ways take turns of about a second. Times are medians over the
+rounds; a ratio is the median of the ratios to the first way within a round, so that other work on the
+machine affects all ways. On a CPU the time is the CPU time of the process, on a GPU and for `startup` that of
+the wall clock. Memory is the peak during one call above what is there before it, in a fresh process: of the
+process on a CPU, of PyTorch's allocator on a GPU. Not tested on a GPU: there was none.
 """
 
 import argparse
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import io
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
+import resource
 import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import numpy as np
+import timm.data
+import timm.task
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.models import register_model
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import augment
+import data
+import distill
+import launch
 import losses
 import models
 import recipe
+import sources
 import train
+from evaluate import to_float
+from log import Log, environment
 
 ROOT = Path(__file__).resolve().parent.parent
+TURN = 1.0  # seconds; a way repeats its call for about as long before the next way's turn
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
-BATCH, CLASSES, WIDTH = 256, 1000, 2048  # the paper's batch on ImageNet, ResNet-50's width
-IMAGES, NEGATIVES, DIM = 1_281_167, 16_384, 128  # of CRD on ImageNet
+# ---------------------------------------------------------------- the harness
 
 
-def literal_kd(student, teacher, target):
-    log_p, p = F.log_softmax(student, dim=1), F.softmax(teacher, dim=1)
-    return F.kl_div(log_p, p, reduction="none").sum(dim=1).mean()
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Ways to do the same work, {name: function without arguments}.
+
+    The function is called in the process of its way and returns the call to measure, which returns how many
+    images it went through, or None. wall: time by the wall clock on a CPU too; memory: measure the peak too.
+    """
+
+    title: str
+    ways: dict
+    wall: bool = False
+    memory: bool = False
 
 
-def literal_dkd(student, teacher, target):
-    """With masks, two more softmaxes and logarithms of sums."""
-    own = torch.zeros_like(student).scatter_(1, target[:, None], 1).bool()
-
-    def binary(z):
-        p = F.softmax(z, dim=1)
-        return torch.cat([(p * own).sum(dim=1, keepdim=True), (p * ~own).sum(dim=1, keepdim=True)], dim=1)
-
-    target_kl = F.kl_div(binary(student).log(), binary(teacher), reduction="sum") / len(target)
-    others = F.log_softmax(student - 1000.0 * own, dim=1), F.softmax(teacher - 1000.0 * own, dim=1)
-    return target_kl + 2 * F.kl_div(*others, reduction="sum") / len(target)
+def compare(comparison, args):
+    """{"title", "clock", "rows"}: what `row_of` gives for each way."""
+    ways = comparison.ways.items()
+    peaks = {name: start(name, make, args, memory=True)() for name, make in ways if comparison.memory}
+    turns = {name: start(name, make, args) for name, make in ways}
+    clock = "wall" if comparison.wall or args.device != "cpu" else "cpu"
+    rounds = [{name: turn() for name, turn in turns.items()} for _ in range(args.rounds)]
+    rows = [row_of(name, rounds, clock) | {"peak_mb": peaks.get(name)} for name in turns]
+    return {"title": comparison.title, "clock": clock, "rows": rows}
 
 
-def literal_dist(student, teacher, target):
-    def correlation(a, b):
-        a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
-        return ((a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)).mean()
+def row_of(name, rounds, clock):
+    """A way's medians over rounds [{way: measures of `seconds_of`}], beside the first way's."""
+    seconds = [taken[name][clock] for taken in rounds]
+    first = [next(iter(taken.values()))[clock] for taken in rounds]
+    ratios = [a / b for a, b in zip(first, seconds, strict=True)]
+    images, median = rounds[0][name]["images"], statistics.median(seconds)
+    return {
+        "name": name,
+        "seconds": median,
+        "images_per_second": images and images / median,
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "difference": statistics.median(b - a for a, b in zip(first, seconds, strict=True)),
+    }
 
-    p, q = F.softmax(student, dim=1), F.softmax(teacher, dim=1)
-    return (1 - correlation(p, q)) + (1 - correlation(p.t(), q.t()))
+
+def start(name, make, args, memory=False):
+    """Start the process of a way and wait until it is warm; returns a function that asks it for a measure."""
+    context = multiprocessing.get_context("fork")  # the imports, longer than most turns, happen once
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, make, args, memory), daemon=True)
+    process.start()
+    there.close()
+
+    def receive():
+        try:
+            return here.recv()
+        except EOFError:
+            raise SystemExit(f"error: the process of {name!r} ended; its traceback is above") from None
+
+    def ask():
+        here.send("measure")
+        return receive()
+
+    receive()
+    return ask
 
 
-def literal_bkl(student, teacher, target):
-    return F.binary_cross_entropy_with_logits(student, F.softmax(teacher, dim=1))
+def serve(connection, make, args, memory):
+    """The process of a way: says when it is warm, then answers each request, until the other side is gone."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if memory and args.device == "cpu":
+        ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: glibc gives back what a call has freed
+    call, calls = make(), 1
+    if not args.small:
+        call()  # compiles; libraries load at first use
+        calls = math.ceil(TURN / seconds_of(call, 1, args.device)["wall"])
+    connection.send("warm")
+    with contextlib.suppress(EOFError):
+        while connection.recv():
+            measure = peak_of(call, args.device) if memory else seconds_of(call, calls, args.device)
+            connection.send(measure)
 
 
-class LiteralCC(torch.nn.Module):
-    def __init__(self):
+def seconds_of(call, calls, device):
+    """Seconds of one call by two clocks, and its images. CPU: of this process and its finished children."""
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    for _ in range(calls):
+        images = call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - wall
+    return {"cpu": (cpu_seconds() - cpu) / calls, "wall": wall / calls, "images": images}
+
+
+def cpu_seconds():
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def peak_of(call, device):
+    """MB that a call needs above what is there before it."""
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = resident_kb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to the present size
+    call()
+    return (resident_kb("VmHWM") - before) / 1024
+
+
+def resident_kb(field):
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+# ---------------------------------------------------------------- input
+
+
+def compare_input(args):
+    yield compare_crops(args, "bicubic")
+    yield compare_crops(args, "random")
+    settings, name = data_of(args, "prev_cifar_res20_res56", "cifar100", (32, 32), "PNG")
+    resident, batch = dataclasses.replace(settings, resident=True), 4 if args.small else 64
+    ways = {
+        "PIL data set and DataLoader, normalised": lambda: pil_batches(settings, batch),
+        "ours, memory-mapped PNG, uint8": lambda: our_batches(settings, batch),
+        "ours, resident, uint8": lambda: our_batches(resident, batch),
+        "ours, resident, normalised": lambda: normalised(our_batches(resident, batch)),
+    }
+    yield compare_batches(args, f"32 pixels, batches of {batch}, {name}", ways, batch, 100)
+
+
+def compare_crops(args, interpolation):
+    settings, name = data_of(args, "a2_res50_beitb", "imagenet_sample", (500, 375), "JPEG")
+    crop = dataclasses.replace(settings.crop, interpolation=interpolation)
+    exact, batch = dataclasses.replace(settings, crop=crop), 4 if args.small else 50
+    fast = dataclasses.replace(exact, pipeline="fast")
+    ways = {
+        "timm's create_loader": lambda: timm_batches(exact, batch),
+        "ours, pipeline timm": lambda: our_batches(exact, batch),
+        "ours, pipeline fast": lambda: our_batches(fast, batch),
+        "ours, pipeline fast, 3 repeats": lambda: our_batches(dataclasses.replace(fast, repeats=3), batch),
+    }
+    title = f"224 pixels, {interpolation} kernel, {settings.rand_augment}, uint8, {name}"
+    return compare_batches(args, title, ways, batch, 20)
+
+
+def compare_batches(args, title, ways, batch, count):
+    """ways: {name: function that returns an iterator without end}; a call takes `count` batches of it."""
+    count = 1 if args.small else count
+    ways = {name: functools.partial(take, make, count, batch) for name, make in ways.items()}
+    return Comparison(f"training crops, {title}", ways)
+
+
+def take(make, count, batch):
+    batches = make()
+
+    def call():
+        for _ in range(count):
+            next(batches)
+        return count * batch
+
+    return call
+
+
+def data_of(args, name, folder, size, codec):
+    """(recipe.Data of a recipe with the images of a folder of --data, else made-up ones; their name)."""
+    settings, source = recipe.load(ROOT / "recipes" / f"{name}.json").data, args.data / folder
+    if args.small or not source.is_dir():
+        source, folder = args.folder / folder, f"made-up {codec}"
+        if not source.exists():
+            make_images(source, settings, 16 if args.small else 256, size, codec)
+    changes = dict(source=str(source), train_size=None, streaming=False, shuffle_buffer=0, repeats=1)
+    return dataclasses.replace(settings, **changes), folder
+
+
+def make_images(folder, settings, count, size, codec):
+    """Write a training split of `count` images: coarse colours under noise."""
+    datasets.config.HF_DATASETS_CACHE = folder.parent / "cache"
+    generator, rows = np.random.default_rng(0), []
+    for i in range(count):
+        colours = Image.fromarray(generator.integers(256, size=(9, 12, 3), dtype=np.uint8)).resize(size)
+        noise = Image.effect_noise(size, 128).convert("RGB")
+        file = io.BytesIO()
+        Image.blend(colours, noise, 0.1).save(file, codec, quality=90)
+        rows.append({settings.image: {"bytes": file.getvalue(), "path": None}, settings.label: i % 10})
+    features = {settings.image: datasets.Image(), settings.label: datasets.Value("int64")}
+    split = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    folder.mkdir(parents=True)
+    split.to_parquet(folder / f"{settings.train_split}-00000-of-00001.parquet")
+
+
+def raw_images(settings):
+    """The files of the training images of a recipe.Data, as bytes."""
+    split = sources.open_split(settings, settings.train_split)
+    return [sources.encoded(row, i, settings, split).content for i, row in enumerate(split.rows)]
+
+
+def endless(loader):
+    while True:
+        yield from loader
+
+
+def our_batches(settings, batch):
+    loader = data.TrainLoader(settings, batch_size=batch, batch_size_per_process=batch)
+    return loader.batches(0, 0, 10**9)
+
+
+def normalised(batches):
+    mean, std = (torch.rand(1, 3, 1, 1) for _ in range(2))
+    return ((to_float(images, "cpu") - mean) / std for images, *_ in batches)
+
+
+class Raws(list):
+    """Images as bytes, as the reader of timm's ImageDataset gives them."""
+
+    def __getitem__(self, i):
+        return io.BytesIO(super().__getitem__(i)), 0
+
+
+def timm_batches(settings, batch):
+    """create_loader with its prefetcher, up to the uint8 batches that the prefetcher moves to a GPU."""
+    crop, images = settings.crop, timm.data.ImageDataset("", reader=Raws(raw_images(settings)))
+    views = dict(scale=crop.scale, ratio=crop.ratio, interpolation=crop.interpolation, hflip=settings.hflip)
+    views |= dict(auto_augment=settings.rand_augment, color_jitter=None, is_training=True)
+    here = dict(num_workers=0, device=torch.device("cpu"))
+    return endless(timm.data.create_loader(images, settings.size, batch, **views, **here).loader)
+
+
+def pil_batches(settings, batch):
+    """The usual CIFAR pipeline, mdistiller's among others: pixels in memory, one image at a time."""
+    pixels = [np.asarray(augment.decode(raw)) for raw in raw_images(settings)]
+    steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    transform = transforms.Compose([*steps, transforms.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))])
+
+    def collate(images):
+        return torch.stack([transform(Image.fromarray(image)) for image in images])
+
+    return endless(DataLoader(pixels, batch, shuffle=True, drop_last=True, collate_fn=collate))
+
+
+# ---------------------------------------------------------------- a training step
+
+
+def compare_step(args):
+    cifar, imagenet = ("cifar_resnet56", "cifar_resnet20", 64, 32), ("resnet34", "resnet18", 8, 224)
+    if args.small:
+        cifar, imagenet = ("cifar_resnet8", "cifar_resnet8", 2, 32), ("resnet10t", "resnet10t", 2, 32)
+    elif args.device != "cpu":
+        imagenet = ("resnet34", "resnet18", 256, 224)
+    yield compare_loops(args, cifar, step_settings("prev_cifar_res20_res56", *cifar), "mdistiller's loop")
+    yield compare_loops(
+        args, imagenet, step_settings("strong_res18_res34", *imagenet), "vanillaKD's loop", "timm's task"
+    )
+
+
+def compare_loops(args, pair, settings, plain, timms=None):
+    ways = {plain: lambda: plain_loop(settings, args.device, reads=True)}
+    if timms:
+        ways[timms] = lambda: plain_loop(settings, args.device, timms_task=True)
+    ways["ours"] = lambda: our_loop(settings)
+    if not args.small:  # compiling takes a minute or two
+        compiled = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR")
+        ways["ours, compiled"] = lambda: our_loop(settings, **compiled)
+        ways["ours, compiled, bf16"] = lambda: our_loop(
+            settings, ACCELERATE_MIXED_PRECISION="bf16", **compiled
+        )
+    return Comparison("a step, {} to {}, {} images of {} pixels".format(*pair), ways)
+
+
+def compare_overhead(args):
+    """A call is 100 steps, because a call of our loop sets up a progress bar."""
+    settings = step_settings("prev_cifar_res20_res56", "bench_matrix", "bench_matrix", 64, 8)
+    ways = {
+        "a plain loop": lambda: plain_loop(settings, args.device, steps=100),
+        "ours": lambda: our_loop(settings, steps=100),
+    }
+    yield Comparison("100 steps of a network with one matrix, 64 images of 8 pixels", ways)
+
+
+@register_model
+def bench_matrix(num_classes, **_):
+    """A network of one matrix, for images of 8 pixels."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+    model.pretrained_cfg = dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation="bilinear")
+    return model
+
+
+def step_settings(name, teacher, student, batch, size):
+    """A recipe with student `kd` and other networks, far from a row of the log and an epoch's end."""
+    sizes = [f"batch_size={batch}", f"batch_size_per_process={batch}", f"data.size={size}"]
+    off = ["data.mixup=0", "data.cutmix=0", "data.random_erasing=0", "log_every=1000000000"]
+    settings = recipe.load(ROOT / "recipes" / f"{name}.json", [*sizes, *off])
+    (kd,) = (student for student in settings.students if student.name == "kd")
+    kd = dataclasses.replace(kd, model=student, model_args={})
+    untrained = recipe.Teacher(model=teacher)
+    return dataclasses.replace(settings, teacher=untrained, students=(kd,))
+
+
+def one_batch(settings, device):
+    """(images uint8 [B, 3, H, W], class ids [B], image ids [B]) on the device."""
+    n, size = settings.batch_size, settings.data.size
+    images = torch.randint(256, (n, 3, size, size), dtype=torch.uint8, device=device)
+    return images, torch.randint(settings.data.classes, (n,), device=device), torch.arange(n, device=device)
+
+
+def our_loop(settings, steps=1, **launched):
+    """train.train with its parts; `launched`: what `accelerate launch` would set in the environment."""
+    os.environ.update(launched)
+    lead, (student,) = launch.make_accelerator(), settings.students
+    endless_epoch = dict(accumulate=1, steps_per_epoch=10**9, broken={})
+    batches = itertools.repeat(one_batch(settings, lead.device))
+    loader = SimpleNamespace(batches=lambda *_: batches, **endless_epoch)
+    students = [distill.prepare_student(student, *distill.build_student(settings, student), loader)]
+    teacher = distill.build_teacher(settings.teacher, settings.data).to(lead.device)
+    teacher = train.compiled(distill.freeze(teacher, settings.data.size), lead, 1)
+    teacher = distill.Teacher(teacher, settings.teacher, lead)
+    log = Log(Path("bench"), settings, lead, students, loader, None, loader.steps_per_epoch)
+    checkpoints = SimpleNamespace(save=lambda *_: None)
+    parts = settings, loader, teacher, students, log, checkpoints, launch.Signals(1)
+    done = itertools.count(0, steps)
+
+    def call():
+        step = next(done)
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
+            train.train(*parts, step, step + steps)
+        return steps * settings.batch_size
+
+    return call
+
+
+def plain_loop(settings, device, steps=1, reads=False, timms_task=False):
+    """A loop as other repositories write it, or around timm's task in the layout that its script offers.
+
+    reads: the loss and two accuracies of every step, as mdistiller and vanillaKD.
+    """
+    layout = torch.channels_last if timms_task else torch.contiguous_format
+    data, (student,) = settings.data, settings.students
+    network = models.build(student.model, classes=data.classes, size=data.size).model.train()
+    teacher = distill.build_teacher(settings.teacher, data).model.eval().requires_grad_(False)
+    network, teacher = (net.to(device).to(memory_format=layout) for net in (network, teacher))
+    names = dict(opt=student.optimizer, lr=student.lr, weight_decay=student.weight_decay)
+    optimizer = create_optimizer_v2(network, **names, **student.optimizer_args)
+    images, labels, _ = one_batch(settings, device)
+    mean, std = (torch.full((1, 3, 1, 1), value, device=device) for value in (0.45, 0.25))
+    task = PlainTask(network, teacher)
+    if timms_task:
+        task = timm.task.LogitDistillationTask(network, teacher, device=images.device, temperature=4.0)
+
+    def call():
+        for _ in range(steps):
+            inputs = ((images.float() / 255 - mean) / std).contiguous(memory_format=layout)
+            terms = task(inputs, labels)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            optimizer.step()
+            if reads:
+                top = terms["output"].topk(5)[1].eq(labels[:, None])
+                for value in (terms["loss"], top[:, :1].float().mean(), top.any(dim=1).float().mean()):
+                    value.item()
+        return steps * settings.batch_size
+
+    return call
+
+
+class PlainTask(nn.Module):
+    """Cross-entropy and distillation as mdistiller and vanillaKD write them, called as timm's task is."""
+
+    def __init__(self, network, teacher):
         super().__init__()
-        self.student, self.teacher = torch.nn.Linear(WIDTH, DIM), torch.nn.Linear(WIDTH, DIM)
+        self.network, self.teacher = network, teacher
 
-    def forward(self, student, teacher):
-        gaps = (self.student(student) - self.teacher(teacher)).abs()
-        return (gaps[:-1] * gaps[1:]).sum(dim=1).mean()
-
-
-class LiteralCRD(torch.nn.Module):
-    """With [B, 1 + K, D] rows copied from the banks; the negatives are there already, of whatever class."""
-
-    def __init__(self):
-        super().__init__()
-        self.student, self.teacher = torch.nn.Linear(WIDTH, DIM), torch.nn.Linear(WIDTH, DIM)
-        self.banks = [(2 * torch.rand(IMAGES, DIM) - 1) * (3 / DIM) ** 0.5 for _ in range(2)]
-
-    def forward(self, student, teacher, index, sampled):
-        v_s, v_t = (F.normalize(net(x)) for net, x in ((self.student, student), (self.teacher, teacher)))
-        loss = 0.0
-        for v, bank in ((v_s, self.banks[1]), (v_t, self.banks[0])):
-            rows = bank.index_select(0, sampled.flatten()).view(*sampled.shape, DIM)
-            x = (torch.bmm(rows, v[:, :, None]).squeeze(2) / 0.07).exp()
-            x, noise = x / (x.detach().mean() * IMAGES), NEGATIVES / IMAGES
-            positive, negative = x[:, 0] / (x[:, 0] + noise + 1e-7), noise / (x[:, 1:] + noise + 1e-7)
-            loss = loss - (positive.log().sum() + negative.log().sum()) / len(v)
+    def forward(self, images, labels):
+        logits = self.network(images)
         with torch.no_grad():
-            for v, bank in ((v_s, self.banks[0]), (v_t, self.banks[1])):
-                bank.index_copy_(0, index, F.normalize(0.5 * bank[index] + 0.5 * v))
-        return loss
+            teacher_logits = self.teacher(images)
+        log_p, p = F.log_softmax(logits / 4, dim=1), F.softmax(teacher_logits / 4, dim=1)
+        kd = 16 * F.kl_div(log_p, p, reduction="batchmean")
+        return {"loss": 0.1 * F.cross_entropy(logits, labels) + 0.9 * kd, "output": logits}
 
 
-class LiteralReviewKD(torch.nn.Module):
-    """By the convolutions of losses.ReviewKD, which no algebra makes cheaper; what goes round them as in the reference."""
-
-    def __init__(self, levels):
-        super().__init__()
-        self.levels = levels
-
-    def forward(self, student, teacher):
-        loss, deeper = 0.0, None
-        for level, x, y in zip(self.levels, student[::-1], teacher[::-1], strict=True):
-            x, y = (f[:, :, None, None] if f.ndim == 2 else f for f in (x, y))
-            x = level.conv1(x)
-            if deeper is not None:
-                deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
-                a = level.attention(torch.cat([x, deeper], dim=1)).sigmoid()
-                x = x * a[:, 0].unsqueeze(1) + deeper * a[:, 1].unsqueeze(1)
-            x, deeper = level.conv2(x), x
-            error, weight, total = F.mse_loss(x, y), 1.0, 1.0
-            for size in (4, 2, 1):
-                if size < x.shape[2]:
-                    weight = weight / 2
-                    pooled = F.adaptive_avg_pool2d(x, (size, size)), F.adaptive_avg_pool2d(y, (size, size))
-                    error, total = error + weight * F.mse_loss(*pooled), total + weight
-            loss = loss + error / total
-        return loss
+# ---------------------------------------------------------------- losses
 
 
-class Made:
-    """A module that is made when it is first called: in the process that measures its memory, before the measure."""
+def compare_losses(args):
+    batch, classes, width, images, negatives = 256, 1000, 2048, 1_281_167, 16_384
+    if args.small:
+        batch, classes, width, images, negatives = 8, 10, 16, 100, 8
+    few = batch // 8  # of CRD, whose definition copies a row for each negative of each image
+    shapes = [(width,)]
 
-    def __init__(self, make, device):
-        self.make, self.device, self.module = make, device, None
+    def crd():
+        return losses.CRD(shapes, shapes, torch.arange(images) % classes, negatives=negatives)
 
-    def __call__(self, *inputs):
-        if self.module is None:
-            torch.manual_seed(0)
-            self.module = self.make().to(self.device)
-        self.module.zero_grad()
-        return self.module(*inputs)
-
-
-def on_logits(ours, literal):
-    """A section for a loss on logits."""
-
-    def section(device):
-        def inputs():
-            student, teacher = (3 * torch.randn(BATCH, CLASSES, device=device) for _ in range(2))
-            return student.requires_grad_(), teacher, torch.randint(CLASSES, (BATCH,), device=device)
-
-        title = f"{ours.__name__} forward and backward, logits {BATCH} x {CLASSES}, float32"
-        return title, {f"losses.{ours.__name__}": ours, "reference": literal}, inputs
-
-    return section
-
-
-def cc(device):
-    one = [(WIDTH,)]
-    return (
-        f"CC forward and backward, features {BATCH} x {WIDTH}, float32",
-        {"losses.CC": Made(lambda: PooledInputs(losses.CC(one, one)), device), "reference": Made(LiteralCC, device)},
-        lambda: (torch.randn(BATCH, WIDTH, device=device, requires_grad=True), torch.randn(BATCH, WIDTH, device=device)),
+    rkds = {"its definition": lambda: defined_rkd, "ours": lambda: losses.RKD(shapes, shapes)}
+    crds = {"its definition": lambda: DefinedCRD(images, few, width, negatives), "ours": crd}
+    on_logits = {name: functools.partial(losses.LOSSES.get, name) for name in ("kd", "dkd", "dist", "bkl")}
+    yield compare_losses_on(args, "rkd", rkds, batch, width, batch)
+    yield compare_losses_on(
+        args, f"crd, {images:,} images, {negatives:,} negatives", crds, few, width, images
     )
+    yield compare_losses_on(args, "losses on logits", on_logits, batch, classes, classes)
 
 
-class PooledInputs(torch.nn.Module):
-    """A loss on features that gets two pooled vectors, and CRD the ids; the reference's list of negatives is left out."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, student, teacher, index=None, sampled=None):
-        return self.loss([student], [teacher], None, index)
+def compare_losses_on(args, name, makes, batch, width, ids):
+    """Losses {name: function that makes it}, on [batch, width] and ids below `ids`, forward and backward."""
+    ways = {
+        way: functools.partial(loss_step, make, batch, width, ids, args.device) for way, make in makes.items()
+    }
+    return Comparison(f"{name}, forward and backward, {batch} x {width}", ways, memory=True)
 
 
-def crd(device):
-    batch = 32
-    return (
-        f"CRD forward and backward, features {batch} x {WIDTH}, K = {NEGATIVES:,}, {IMAGES:,} images, float32",
-        {"losses.CRD": Made(lambda: PooledInputs(make_crd()), device), "reference": Made(LiteralCRD, device)},
-        lambda: (
-            torch.randn(batch, WIDTH, device=device, requires_grad=True),
-            torch.randn(batch, WIDTH, device=device),
-            torch.randperm(IMAGES, device=device)[:batch],
-            torch.randint(IMAGES, (batch, 1 + NEGATIVES), device=device),
-        ),
-    )
+def loss_step(make, batch, width, ids, device):
+    loss = make()
+    student, teacher = (3 * torch.randn(batch, width, device=device) for _ in range(2))
+    student.requires_grad_()
+    index = torch.randint(ids, (batch,), device=device)
+    inputs = student, teacher, index
+    if loss not in losses.LOSSES.values():  # on features
+        inputs = [student], [teacher], None, index
+    if isinstance(loss, nn.Module):
+        loss.to(device)
+
+    def call():
+        student.grad = None
+        loss(*inputs).backward()
+
+    return call
 
 
-def make_crd():
-    return losses.CRD([(WIDTH,)], [(WIDTH,)], torch.arange(IMAGES) % CLASSES)
-
-
-def reviewkd(device):
-    batch = 4
-    shapes = [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (2048,)]  # of ResNet-50 and of ResNet-152
-
-    def make(literal):
-        ours = losses.ReviewKD(shapes, shapes)
-        module = LiteralReviewKD(ours.levels) if literal else ours
-        return Levels(module, len(shapes))
-
-    return (
-        f"ReviewKD forward and backward, ResNet-152 to ResNet-50, B = {batch}, float32",
-        {"losses.ReviewKD": Made(lambda: make(False), device), "reference": Made(lambda: make(True), device)},
-        lambda: (
-            *(torch.randn(batch, *s, device=device, requires_grad=True) for s in shapes),
-            *(torch.randn(batch, *s, device=device) for s in shapes),
-        ),
-    )
-
-
-class Levels(torch.nn.Module):
-    def __init__(self, loss, n):
-        super().__init__()
-        self.loss, self.n = loss, n
-
-    def forward(self, *maps):
-        return self.loss(list(maps[: self.n]), list(maps[self.n :]))
-
-
-def literal_rkd(student, teacher):
-    """losses.RKD as its definition reads, and as the reference repositories compute it: with [B, B, D] tensors."""
+def defined_rkd(student_features, teacher_features, target, index):
+    """With [B, B, D] tensors, as vanillaKD and mdistiller."""
 
     def relations(x):
         gaps = x[:, None] - x
@@ -232,185 +509,178 @@ def literal_rkd(student, teacher):
         return distance / distance[distance > 0].mean(), unit @ unit.transpose(1, 2)
 
     with torch.no_grad():
-        teacher = relations(teacher)
-    distance, angle = map(F.smooth_l1_loss, relations(student), teacher)
+        teacher = relations(*teacher_features)
+    distance, angle = map(F.smooth_l1_loss, relations(*student_features), teacher)
     return 25 * distance + 50 * angle
 
 
-def rkd(device):
-    """RKD at the paper's batch and ResNet-50's width: (what it is, the two by name, a maker of their inputs)."""
-    ours = losses.RKD([(WIDTH,)], [(WIDTH,)])
-    return (
-        f"RKD forward and backward, features {BATCH} x {WIDTH}, float32",
-        {"losses.RKD": lambda s, t: ours([s], [t]), "reference": literal_rkd},
-        lambda: (torch.randn(BATCH, WIDTH, device=device, requires_grad=True), torch.randn(BATCH, WIDTH, device=device)),
-    )
+class DefinedCRD(nn.Module):
+    """With [B, 1 + K, D] rows copied from the banks; negatives of whatever class, drawn beforehand."""
 
+    def __init__(self, images, batch, width, negatives, dim=128):
+        super().__init__()
+        self.images, self.noise = images, negatives / images
+        self.student, self.teacher = nn.Linear(width, dim), nn.Linear(width, dim)
+        banks = ((2 * torch.rand(images, dim) - 1) * (3 / dim) ** 0.5 for _ in range(2))
+        self.bank_student, self.bank_teacher = map(nn.Buffer, banks)
+        self.sampled = nn.Buffer(torch.randint(images, (batch, 1 + negatives)))
 
-def methods(device):
-    """A step of the classic CIFAR-100 recipes but for the optimizer: teacher forward, student forward and backward."""
-    files = ("prev_cifar_res20_res56", "prev_cifar_res20_res56_hints")
-    students = {s.name: s for file in files for s in recipe.load(ROOT / "recipes" / f"{file}.json").students}
-    return (
-        "a training step without the optimizer, cifar_resnet56 -> cifar_resnet20, B = 64, 50,000 images, float32",
-        {name: Method(student, device) for name, student in students.items()},
-        lambda: (
-            torch.rand(64, 3, 32, 32, device=device),
-            torch.randint(100, (64,), device=device),
-            torch.randperm(50_000, device=device)[:64],
-        ),
-    )
-
-
-class Method:
-    """One student's step; built when it is first called, so that each has a process to itself for the measure of memory."""
-
-    def __init__(self, student, device):
-        self.student, self.device, self.module = student, device, None
-
-    def build(self):
-        shape, soft = dict(classes=100, size=32), self.student.soft
-        self.teacher = models.build("cifar_resnet56", **shape).to(self.device).eval()
-        network, loss, taps = models.build(self.student.model, **shape), losses.make_loss(soft.loss, **soft.args), None
-        if isinstance(losses.LOSSES[soft.loss], type):
-            taps = network.default_taps()
-            loss = loss(network.shapes(32, taps), self.teacher.shapes(32, taps), torch.arange(50_000) % 100)
-        module = models.Distilled(network, losses.cross_entropy, loss, self.student.hard.weight, taps)
-        self.module = module.to(self.device).train()
-
-    def __call__(self, images, target, index):
-        if self.module is None:
-            self.build()
-        self.module.zero_grad()
+    def forward(self, student_features, teacher_features, target, index):
+        v_student = F.normalize(self.student(*student_features))
+        v_teacher = F.normalize(self.teacher(*teacher_features))
+        loss = self.contrast(v_student, self.bank_teacher) + self.contrast(v_teacher, self.bank_student)
         with torch.no_grad():
-            taught = self.teacher(images, self.module.taps) if self.module.taps else (self.teacher(images), None)
-        return self.module(images, taught, target, index, self.student.soft.weight)["loss"]
+            for v, bank in ((v_student, self.bank_student), (v_teacher, self.bank_teacher)):
+                bank.index_copy_(0, index, F.normalize(0.5 * bank[index] + 0.5 * v))
+        return loss
 
-    def kept(self):
-        """Bytes that the loss keeps between steps: parameters with gradient and momentum, and its memory."""
-        if not self.module.taps:
-            return 0
-        own = self.module.soft
-        return sum(3 * p.nbytes for p in own.parameters()) + sum(b.nbytes for b in own.buffers())
-
-
-LOGITS = {"kd": literal_kd, "dkd": literal_dkd, "dist": literal_dist, "bkl": literal_bkl}
-PAIRS = {name: on_logits(losses.LOSSES[name], literal) for name, literal in LOGITS.items()}
-PAIRS |= {"cc": cc, "rkd": rkd, "crd": crd, "reviewkd": reviewkd}
-SECTIONS = {"methods": methods, **PAIRS}
+    def contrast(self, v, bank):
+        rows = bank.index_select(0, self.sampled.flatten()).view(*self.sampled.shape, -1)
+        x = (torch.bmm(rows, v[:, :, None]).squeeze(2) / 0.07).exp()
+        x = x / (x.detach().mean() * self.images)
+        positive = x[:, 0] / (x[:, 0] + self.noise + 1e-7)
+        negative = self.noise / (x[:, 1:] + self.noise + 1e-7)
+        return -(positive.log().sum() + negative.log().sum()) / len(v)
 
 
-def step(function, inputs):
-    """One forward and backward: (the loss, its seconds)."""
-    start = time.perf_counter()
-    loss = function(*inputs)
-    loss.backward()
-    if loss.is_cuda:
-        torch.cuda.synchronize()
-    inputs[0].grad = None
-    return loss.item(), time.perf_counter() - start
+# ---------------------------------------------------------------- start-up
 
 
-def median_step(function, inputs, least=0.1):
-    """`step`, again and again for `least` seconds: a step of two milliseconds alone is mostly chance."""
-    taken = [step(function, inputs)]
-    while sum(seconds for _, seconds in taken) < least:
-        taken.append(step(function, inputs))
-    return taken[0][0], statistics.median(seconds for _, seconds in taken)
+def compare_startup(args):
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    imports = ["import torch, timm, accelerate, datasets", "import train"]
+    if args.small:
+        imports = ["import json"]
+    ways = {line: functools.partial(python, line) for line in imports}
+    ways["train.py, to the first step"] = lambda: first_step
+    yield Comparison("start-up", ways, wall=True)
 
 
-def peak(section, name, device):
-    """MB that a step needs above its inputs: of the allocator on a GPU, of the whole process on a CPU."""
-    _, functions, make_inputs = SECTIONS[section](device)
-    inputs = make_inputs()
-    step(functions[name], [x[:4].detach().requires_grad_(x.requires_grad) for x in inputs])  # libraries load at first use
-    if device == "cpu":
-        before = resident_kb("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: making a module can have needed more than a step
-        step(functions[name], inputs)
-        return (resident_kb("VmHWM") - before) / 1024
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(functions[name], inputs)
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+def python(code):
+    def call():
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+    return call
 
 
-def resident_kb(what):
-    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def first_step():
+    """Run train.py from its start to the row of its first step, on the teacher of the quickstart."""
+    command = "train.py recipes/quickstart_teacher.json --workers 0 --set log_every=1 --out"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        rows = out / "metrics.jsonl"
+        arguments = [sys.executable, *command.split(), str(out)]
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (rows.exists() and rows.stat().st_size):
+            if process.poll() is not None:
+                raise RuntimeError(f"{shlex.join(arguments)} ended before its first row")
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
 
 
-def measure(section, device, rounds):
-    """{"title", "rounds", "rows": [{"name", "loss", "seconds", "peak_mb", "kept_mb"}]}."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of the children: glibc's heap keeps, by chance, what a step has freed
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # before this process grows: it is inherited
-        title, functions, make_inputs = SECTIONS[section](device)
-        memory = {name: pool.apply(peak, (section, name, device)) for name in functions}
-    inputs = make_inputs()
-    steps = [{name: median_step(function, inputs) for name, function in functions.items()} for _ in range(rounds + 1)][1:]
-    rows = []
-    for name in functions:
-        seconds = statistics.median(taken[name][1] for taken in steps)
-        kept = functions[name].kept() / 2**20 if hasattr(functions[name], "kept") else 0.0
-        row = {"name": name, "loss": steps[0][name][0], "seconds": seconds, "peak_mb": memory[name], "kept_mb": kept}
-        rows.append(row)
-    return {"title": title, "rounds": rounds, "rows": rows}
+# ---------------------------------------------------------------- results
 
 
-def measure_pairs(device, rounds):
-    """{"title", "rounds", "losses": {name: what `measure` gives}, "crd_setup_seconds"}."""
-    result = {"title": "losses beside their references", "rounds": rounds, "losses": {}, "crd_setup_seconds": []}
-    for name in PAIRS:
-        result["losses"][name] = measure(name, device, rounds)
-    for _ in range(3):
-        start = time.perf_counter()
-        make_crd()
-        result["crd_setup_seconds"].append(time.perf_counter() - start)
-    return result
+def measure(args):
+    """What the comparisons of a section gave, with command, commit, versions and hardware."""
+    torch.set_num_threads(1)  # a process that has started OpenMP's threads must not fork
+    datasets.disable_progress_bars()
+    if args.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    comparisons = []
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = Path(folder)
+        for comparison in SECTIONS[args.section](args):
+            comparisons.append(compare(comparison, args))
+            print(*rows_of(comparisons[-1]), sep="\n", flush=True)
+    about = environment(launch.make_accelerator())
+    about |= {"command": shlex.join(["tools/bench.py", *sys.argv[1:]])}
+    about |= {"device": args.device, "threads": args.threads, "rounds": args.rounds}
+    return about | {"comparisons": comparisons}
 
 
-def show_pairs(result):
-    print(f"{'':10}{'ms':>10}{'reference':>11}{'times':>7}{'peak MB':>9}{'reference':>11}{'share':>7}")
-    for name, pair in result["losses"].items():
-        ours, reference = pair["rows"]
-        times, share = reference["seconds"] / ours["seconds"], ours["peak_mb"] / max(reference["peak_mb"], 1e-9)
-        print(
-            f"{name:10}{1000 * ours['seconds']:10.2f}{1000 * reference['seconds']:11.2f}{times:7.2f}{ours['peak_mb']:9.0f}"
-            f"{reference['peak_mb']:11.0f}{share:7.2f}"
-        )
-    print(f"to make CRD for {IMAGES:,} images: {statistics.median(result['crd_setup_seconds']):.2f} s")
+def duration(seconds):
+    scale = next((s for s in ((1, "s"), (1e3, "ms")) if abs(seconds) * s[0] >= 1), (1e6, "us"))
+    return f"{seconds * scale[0]:.3g} {scale[1]}"
 
 
-def show(result):
-    print(f"{'':16}{'loss':>12}{'ms':>10}{'times':>8}{'peak MB':>10}{'times':>8}{'kept MB':>10}")
-    first = result["rows"][0]
-    for row in result["rows"]:
-        times, memory = row["seconds"] / first["seconds"], row["peak_mb"] / max(first["peak_mb"], 1e-9)
-        print(
-            f"{row['name']:16}{row['loss']:12.6f}{1000 * row['seconds']:10.1f}{times:8.2f}{row['peak_mb']:10.0f}{memory:8.1f}"
-            f"{row['kept_mb']:10.1f}"
-        )
+def rows_of(comparison):
+    """The lines of a comparison in the Markdown table; its title is in the first."""
+    for i, row in enumerate(comparison["rows"]):
+        title = f"{comparison['title']} ({comparison['clock']} time)"
+        speed, peak = row["images_per_second"], row["peak_mb"]
+        cells = [title if i == 0 else "", row["name"], duration(row["seconds"])]
+        cells += [
+            "" if speed is None else f"{speed:,.0f}/s",
+            "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_range"]),
+        ]
+        cells += [duration(row["difference"]), "" if peak is None else f"{peak:,.0f} MB"]
+        yield f"| {' | '.join(cells)} |"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", choices=["losses", *SECTIONS])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+def table(files):
+    """Markdown of files with {section: what `measure` gave}; later files replace sections."""
+    sections = {}
+    for file in files:
+        sections |= json.loads(file.read_text())
+    lines = [
+        "| what | way | time | images | ratio | difference | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in sections.values():
+        for comparison in result["comparisons"]:
+            lines += rows_of(comparison)
+    lines.append("")
+    for name, result in sections.items():
+        versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+        where = f"{result['hardware']['device']}, {result['threads']} threads, {result['rounds']} rounds"
+        lines.append(f"- {name}: `{result['command']}`; {where}; {versions}; commit {result['commit']}")
+    return "\n".join(lines)
 
-    every = args.section == "losses"
-    result = measure_pairs(args.device, args.rounds) if every else measure(args.section, args.device, args.rounds)
-    result |= {"threads": args.threads, "tool": shlex.join(sys.argv), **train.environment(train.make_accelerator())}
-    del result["command"]
-    machine = f"{args.device}, {args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    print(f"{result['title']}; {machine}, torch {torch.__version__}, median of {args.rounds} rounds")
-    (show_pairs if every else show)(result)
+
+def write_table(path, text):
+    """Replace what is between the two markers of a Markdown file."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"error: {path}: expected the lines '{BEGIN}' and '{END}' around the table")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+# ---------------------------------------------------------------- command line
+
+SECTIONS = {
+    "input": compare_input,
+    "step": compare_step,
+    "losses": compare_losses,
+    "startup": compare_startup,
+    "overhead": compare_overhead,
+}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("section", choices=[*SECTIONS, "table"])
+    add("files", nargs="*", type=Path, metavar="FILE.json", help="of table (default: results/bench.json)")
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int, default=1, help="of a process on a CPU")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--data", type=Path, default=ROOT.parent / "shared" / "data", metavar="DIR")
+    add("--json", type=Path, metavar="FILE", help="put the result into this file; other sections in it stay")
+    add("--write", type=Path, metavar="FILE.md", help="of table: put it between the markers of this file")
+    add("--small", action="store_true", help="tiny sizes and one call a turn: shows that a section works")
+    args = parser.parse_args(arguments)
+    if args.section == "table":
+        text = table(args.files or [ROOT / "results" / "bench.json"])
+        return write_table(args.write, text) if args.write else print(text)
+    result = measure(args)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        known = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps(known | {args.section: result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""The paper's tables: every cell's number, ours where results/ has one, and the command that makes it.
+"""The paper's tables: the number of every cell, ours beside it, and the command that makes it.
 
-    python tools/paper.py 3               # Table 3 as Markdown; 1a, 1b, 2 to 10, or all
-    python tools/paper.py all --csv       # for a spreadsheet
-    python tools/paper.py 4c              # Table 4 at the scale of CIFAR-100: recipes/study_ablation_cifar.json
-    python tools/paper.py --readme        # what was run, between two comments of README.md
+    python tools/paper.py 3             # Table 3 as Markdown; 1a, 1b, 2 to 10, or all
+    python tools/paper.py all --csv     # for a spreadsheet
+    python tools/paper.py 4c            # Table 4 at the scale of CIFAR-100: study_ablation_cifar.json
+    python tools/paper.py --docs        # the tables with our numbers, between two markers in docs/results.md
 
-A cell is a recipe plus overrides (results/paper.json). Cells that are the same training name the same folder, and --resume
-finishes it or leaves it alone, so their commands can be given in any order. Ours is the last epoch, mean and sample standard
-deviation over the seeds of the records whose settings are the cell's. A record of the same settings with fewer epochs is
-"reduced", says of how many, and is no number of the paper's. Beside a cell stand the disagreements that touch it.
+A cell of results/paper.json is a recipe plus overrides. Cells that are the same training have the same
+folder, so their commands can be given in any order: --resume finishes a run or leaves it alone. Our number is
+the top-1 of the last epoch: mean and sample standard deviation over the seeds of all records with the cell's
+settings. Records with these settings and fewer epochs stand under "reduced"; they are no numbers of the
+paper. "disputed" names the disagreements between the paper, its code and its sources about the cell.
 """
 
 import argparse
@@ -24,21 +25,28 @@ import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # runnable from anywhere
+sys.path.insert(0, str(ROOT))  # so that the tool runs from any folder
 
 import recipe  # noqa: E402
 
+MAX_BYTES = 2**26  # of a results file
 STUDY = "4c"
-TABLES = ("1a", "1b", *map(str, range(2, 11)))  # Table 11 is detection, which this project does not train
-NETWORKS = ("result", "reference", "not_reported")  # kinds of cells that are one network's accuracy
+TABLES = ("1a", "1b", *map(str, range(2, 11)))  # Table 11 is object detection, which is not trained here
+ACCURACIES = ("result", "reference", "not_reported")  # kinds of cells: the accuracy of one network
 LABEL_LOSSES = {"bce": "binary_cross_entropy", "ce": "cross_entropy"}  # the paper's names
-TEST_SETS = {"imagenet-real": "real", "imagenet-v2": "v2"}  # evaluate.py's names; other data is what training evaluates on
-ORIGIN = {"source", "train_split", "test_split", "image", "label", "streaming", "shuffle_buffer"}  # where the same images lie
-HARMLESS = {"name", "paper", "max_broken", "grad_checkpointing"}  # the same numbers with any value
-HARMLESS |= {"resident"}  # other draws of the same distribution, and the same pixels for the same draw
-README, BEGIN, END = ROOT / "README.md", "<!-- results: python tools/paper.py --readme -->", "<!-- /results -->"
+TEST_SETS = {
+    "imagenet-real": "real",
+    "imagenet-v2": "v2",
+}  # evaluate.py's names; the trainer evaluates the others
+# Keys of a recipe that two runs of one experiment may differ in: where the same images lie, ...
+ORIGIN = {"source", "train_split", "test_split", "image", "label", "streaming", "shuffle_buffer"}
+# ... and what does not change an accuracy (`resident`: other draws from the same distribution).
+HARMLESS = {"name", "paper", "max_broken", "grad_checkpointing", "resident"}
+# Values that runs had before a key was part of recipes, where the key has no default.
+BEFORE = {recipe.Data: {"repeats": 1, "random_erasing": 0.0}, recipe.Student: {"ema": None}}
+DOCS, BEGIN, END = ROOT / "docs" / "results.md", "<!-- results -->", "<!-- /results -->"
 HINTS = ("cc", "rkd", "crd", "reviewkd")
-TOUCHES = {  # cells of a disagreement, by id; the others touch all of their tables
+TOUCHES = {  # {id of a disagreement: patterns of cells}; disagreements without an entry concern whole tables
     "wd_a2": ["t2.a2.weight_decay", "t3.a2.*", "t4.300.*", "t5.*", "t8.res50.300", "t9.*.300"],
     "hint_label_loss": ["t2.common.label_loss", *(f"t3.*.{hint}.*" for hint in HINTS)],
     "alpha": ["t1b.*.kd.*"],
@@ -64,9 +72,9 @@ TOUCHES = {  # cells of a disagreement, by id; the others touch all of their tab
     "beitb_acc": ["t7.teacher.beitb"],
     "beit_chain": ["t7.teacher.*"],
     "res50_scratch": ["t3.a2.scratch", "t6.cnxl-res50.scratch"],
-    "t3_t5": [*(f"t3.a2.beitl.{method}.300.1k" for method in ("kd", "dkd", "dist")), "t5.5e-3.*", "t9.beitl.*.300"],
+    "t3_t5": [*(f"t3.a2.beitl.{m}.300.1k" for m in ("kd", "dkd", "dist")), "t5.5e-3.*", "t9.beitl.*.300"],
     "t5_all": ["t5.3e-3.0.03.*"],
-    "hint_inferior": [f"t3.a2.res152.{method}.300.{on}" for method in ("reviewkd", "cc", "dkd") for on in ("real", "v2")],
+    "hint_inferior": [f"t3.a2.res152.{m}.300.{s}" for m in ("reviewkd", "cc", "dkd") for s in ("real", "v2")],
     "hint_time": [f"t3.*.{hint}.*hours" for hint in HINTS],
     "gpu_hours_teacher": ["t3.*.hours"],
     "t8_a1_300": ["t8.*.300", "t9.beitb.*.300", "t10.kd300"],
@@ -92,21 +100,27 @@ class Training(typing.NamedTuple):
 
     @property
     def folder(self):
-        short = [f"{path.removeprefix(f'students.{self.student}.')}-{value}" for path, value in self.changes.items()]
-        return ".".join(["runs/" + self.recipe_name, *([] if self.alone else [self.student]), *short])
+        parts = ["runs/" + self.recipe_name]
+        if not self.alone:
+            parts.append(self.student)
+        for path, value in self.changes.items():
+            parts.append(f"{path.removeprefix(f'students.{self.student}.')}-{value}")
+        return ".".join(parts)
 
     @property
     def command(self):
-        students = [] if self.alone else ["--students", self.student]
-        changes = ["--set", *self.overrides] if self.changes else []
-        out = [] if self.alone and not changes else ["--out", self.folder]  # else it is train.py's default
-        return shlex.join(
-            ["accelerate", "launch", "train.py", f"recipes/{self.recipe_name}.json", *students, *changes, *out, "--resume"]
-        )
+        words = ["accelerate", "launch", "train.py", f"recipes/{self.recipe_name}.json"]
+        if not self.alone:
+            words += ["--students", self.student]
+        if self.changes:
+            words += ["--set", *self.overrides]
+        if not self.alone or self.changes:  # else the folder is train.py's default
+            words += ["--out", self.folder]
+        return shlex.join([*words, "--resume"])
 
 
 class Numbers(typing.NamedTuple):
-    """What was measured for a cell: top-1 by seed, and its teachers' top-1."""
+    """What was measured for a cell: top-1 by seed, and the top-1 of the teachers."""
 
     top1: dict
     teachers: list
@@ -120,12 +134,6 @@ class Numbers(typing.NamedTuple):
         return f"{statistics.stdev(self.top1.values()):.2f}" if len(self.top1) > 1 else ""
 
 
-def cells(table=None):
-    if table == STUDY:
-        return study()
-    return [cell for cell in paper()["cells"] if cell["table"] in (TABLES if table is None else (table,))]
-
-
 @functools.cache
 def paper():
     return json.loads((ROOT / "results" / "paper.json").read_text())
@@ -136,58 +144,67 @@ def load(name, overrides=()):
     return recipe.load(ROOT / "recipes" / f"{name}.json", overrides)
 
 
+def cells(table=None):
+    """The cells of a table of the paper, of the study 4c, or of all the paper's tables."""
+    if table == STUDY:
+        return study()
+    return [cell for cell in paper()["cells"] if cell["table"] in (TABLES if table is None else (table,))]
+
+
 def study():
-    """Table 4's first six cells at the scale of CIFAR-100, in its words; `elsewhere` is the paper's number on ImageNet."""
-    run = dict(table=STUDY, kind="result", recipe="study_ablation_cifar", dataset="cifar-100", metric="top1", overrides={})
-    run |= dict(student="cifar_resnet20", teacher="cifar_resnet56")
-    found = []
+    """The first six cells of Table 4, on CIFAR-100; `elsewhere` is the paper's number on ImageNet."""
+    shared = dict(table=STUDY, kind="result", recipe="study_ablation_cifar", overrides={})
+    shared |= dict(student="cifar_resnet20", teacher="cifar_resnet56", dataset="cifar-100", metric="top1")
+    rows = []
     for cell in cells("4"):
         _, epochs, hard, soft = cell["id"].split(".")
         if epochs == "300":
             name = f"{hard}_{soft}"
-            found.append({"id": f"4c.{name}", "method": name, "hard_label_loss": hard, "elsewhere": cell["value"]} | run)
-    return found
+            row = {"id": f"4c.{name}", "method": name, "hard_label_loss": hard, "elsewhere": cell["value"]}
+            rows.append(row | shared)
+    return rows
 
 
 # ---------------------------------------------------------------- from a cell to a command
 
 
-def is_training(cell):
-    """Whether this project trains the cell's network: not so for what is quoted, derived, or a setting."""
-    return cell["kind"] in NETWORKS and (ROOT / f"recipes/{cell.get('recipe')}.json").exists()
-
-
 def training(cell):
-    """The cell's Training; None where its recipe has no student of its method (yet)."""
-    file, name = load(cell["recipe"]), cell.get("method", "scratch")
-    student = next((s for s in file.students if s.name == name), None)
-    if student is None:
+    """The Training of a cell; None where no recipe trains its network: it is quoted, derived or a setting."""
+    if cell["kind"] not in ACCURACIES or not (ROOT / f"recipes/{cell.get('recipe')}.json").exists():
         return None
+    settings, name = load(cell["recipe"]), cell.get("method", "scratch")
+    student = student_of(settings, name)
     present = {
-        "epochs": file.epochs,
+        "epochs": settings.epochs,
         "lr": student.lr,
         "weight_decay": student.weight_decay,
         "hard.loss": student.hard.loss,
         "hard.weight": student.hard.weight,
     }
-    wanted = {key: value for key, value in cell["overrides"].items() if key not in ("method", "hard_label_loss")}
+    wanted = {k: v for k, v in cell["overrides"].items() if k not in ("method", "hard_label_loss")}
     label_loss = cell["overrides"].get("hard_label_loss")
     if label_loss == "none":
         wanted["hard.weight"] = 0
     elif label_loss:
         wanted["hard.loss"] = LABEL_LOSSES[label_loss]
-    changed = {key: value for key, value in wanted.items() if value != present[key]}
-    paths = {key if key == "epochs" else f"students.{name}.{key}": value for key, value in changed.items()}
-    return Training(cell["recipe"], name, paths, len(file.students) == 1)
+    changes = {}
+    for key, value in wanted.items():
+        if value != present[key]:
+            changes[key if key == "epochs" else f"students.{name}.{key}"] = value
+    return Training(cell["recipe"], name, changes, len(settings.students) == 1)
+
+
+def student_of(settings, name):
+    return next(student for student in settings.students if student.name == name)
 
 
 def command(cell):
-    """What to type for a cell, "" where there is nothing to do."""
-    if is_training(cell):
-        run = training(cell)
-        if run is None:
-            return f"not trainable yet: no student {cell['method']} in recipes/{cell['recipe']}.json"
-        return run.command + (f" && {evaluation(run.folder, cell)}" if cell["dataset"] in TEST_SETS else "")
+    """What to type for a cell; "" where there is nothing to run."""
+    run = training(cell)
+    if run and cell["dataset"] in TEST_SETS:
+        return f"{run.command} && {evaluation(run.folder, cell)}"
+    if run:
+        return run.command
     tag = cell.get("timm") or (cell["metric"] == "teacher_top1" and cell["teacher"])
     return evaluation(tag, cell) if tag else ""
 
@@ -200,231 +217,255 @@ def evaluation(checkpoint, cell):
 # ---------------------------------------------------------------- from a cell to our number
 
 
-def records(folder):
-    """Every complete run's result below a folder: train.py's result.json, or several of them under "runs"."""
+def read_records(folder):
+    """The results of all complete runs below a folder; RecipeError for a file that is not JSON."""
     for path in sorted(folder.rglob("*.json")):
-        tree = json.loads(path.read_text())
-        several = tree.get("runs") if isinstance(tree, dict) else []
-        for record in several if isinstance(several, list) else [tree]:  # a recipe has a number of runs
-            if isinstance(record, dict) and isinstance(record.get("recipe"), dict) and record.get("limit") is None:
-                yield record
+        for record in records_of(recipe.read_json(path, MAX_BYTES)):
+            if isinstance(record, dict) and isinstance(record.get("recipe"), dict):
+                recipe.drop_removed(record["recipe"])
+                if record.get("limit") is None:
+                    yield record
+
+
+def records_of(tree):
+    """What a results file holds: one result.json of train.py, or several of them under "runs"."""
+    runs = tree.get("runs") if isinstance(tree, dict) else None
+    return runs if isinstance(runs, list) else [tree]  # in a recipe, "runs" is a number
 
 
 def experiment(tree, student):
-    """All that decides a student's accuracy but the seed, of a recipe as JSON: equal for all runs of a cell."""
-    return {
-        **{key: tree[key] for key in ("epochs", "batch_size", "batch_size_per_process", "schedule")},
-        "data": settings(recipe.Data, tree["data"]),
-        "student": settings(recipe.Student, student),
-        "teacher": taught_by(tree["teacher"]) if student["soft"] else None,
+    """All that decides a student's accuracy except the seed, from a recipe as JSON."""
+    shared = {key: tree[key] for key in ("epochs", "batch_size", "batch_size_per_process", "schedule")}
+    return shared | {
+        "data": settings_of(recipe.Data, tree["data"]),
+        "student": settings_of(recipe.Student, student),
+        "teacher": teacher_of(tree["teacher"]) if student["soft"] else None,
     }
 
 
-def settings(kind, tree):
-    """A section of a recipe, with what runs did without for the keys that its record does not have yet."""
-    defaults = {field.name: field.default for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
-    defaults |= {recipe.Data: {"repeats": 1, "random_erasing": 0.0}, recipe.Student: {"ema": None}}[kind]
+def settings_of(kind, tree):
+    """A section of a recipe without the keys that do not matter, with defaults for those it lacks."""
+    fields = [field for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING]
+    defaults = {field.name: field.default for field in fields} | BEFORE[kind]
     return {key: value for key, value in (defaults | tree).items() if key not in ORIGIN | HARMLESS}
 
 
-def taught_by(teacher):
-    """A teacher's network: its weights may come from a file, or from the recipe of this project that trains it."""
+def teacher_of(teacher):
+    """The name of a teacher's network; its weights may come from a file or from a recipe of this project."""
     path = ROOT / "recipes" / Path(teacher["recipe"] or "").name
     return load(path.stem).students[0].model if path.is_file() else teacher["model"] or teacher["recipe"]
 
 
-def reduction(own, wanted):
-    """ "" for the experiment that is wanted, "30 of 240 epochs" for the same in fewer epochs, None for another one."""
-    if own == wanted:
+def reduction(done, wanted):
+    """Compare two experiments: "" if equal, "30 of 240 epochs" if equal but for fewer epochs, else None."""
+    if done == wanted:
         return ""
-    if own["epochs"] >= wanted["epochs"] or _untimed(own) != _untimed(wanted):
+    if done["epochs"] >= wanted["epochs"] or without_epochs(done) != without_epochs(wanted):
         return None
-    said = f"{own['epochs']} of {wanted['epochs']} epochs"
-    scaled = [m * own["epochs"] / wanted["epochs"] for m in wanted["schedule"].get("milestones", ())]
-    shape = [abs(a - b) <= 1 for a, b in zip(own["schedule"].get("milestones", ()), scaled, strict=False)]
-    same = own["schedule"]["kind"] == wanted["schedule"]["kind"] and all(shape) and len(shape) == len(scaled)
-    return said if same else f"{said}, {own['schedule']['kind']} schedule"
+    share = done["epochs"] / wanted["epochs"]
+    schedule, scaled = done["schedule"], [m * share for m in wanted["schedule"].get("milestones", ())]
+    close = [abs(a - b) <= 1 for a, b in zip(schedule.get("milestones", ()), scaled, strict=False)]
+    reduced = f"{done['epochs']} of {wanted['epochs']} epochs"
+    if schedule["kind"] == wanted["schedule"]["kind"] and all(close) and len(close) == len(scaled):
+        return reduced
+    return f"{reduced}, {schedule['kind']} schedule"
 
 
-def _untimed(experiment):
-    """An experiment without what scales with its epochs."""
+def without_epochs(experiment):
+    """An experiment without the settings that scale with its epochs."""
     student = dict(experiment["student"])
     if student["soft"]:
         student["soft"] = student["soft"] | {"warmup_epochs": None}
     return experiment | {"epochs": None, "schedule": None, "student": student}
 
 
-def measured(cell, found):
-    """{reduction: Numbers} over every record of a cell's experiment; a seed counts once. {} for what is not trained."""
+def measured(cell, records):
+    """{reduction: Numbers} of all records of a cell's experiment; a seed counts once."""
     if cell["kind"] == "delta":
-        return gaps(cell, found)
-    run = training(cell) if is_training(cell) else None
+        return gaps(cell, records)
+    run = training(cell)
     if run is None:
         return {}
-    test_set, tree = TEST_SETS.get(cell["dataset"]), json.loads(recipe.dump(load(run.recipe_name, run.overrides)))
+    tree = json.loads(recipe.dump(load(run.recipe_name, run.overrides)))
     wanted = experiment(tree, next(s for s in tree["students"] if s["name"] == run.student))
-    numbers = {}
-    for record in found:
+    test_set, numbers = TEST_SETS.get(cell["dataset"]), {}
+    for record in records:
         for student, result in zip(record["recipe"]["students"], record["students"], strict=True):
             reduced = reduction(experiment(record["recipe"], student), wanted)
-            if reduced is None:
+            top1 = top1_on(test_set, record, result)
+            if reduced is None or top1 is None:
                 continue
-            values = [result["last"]["top1"]] if test_set is None else []
-            # what evaluate.py told of the exported student, written down beside
-            values += [
-                e["top1"] for e in record.get("evaluations", []) if (e["student"], e["data"]) == (student["name"], test_set)
-            ]
-            for value in values:
-                own = numbers.setdefault(reduced, Numbers({}, []))
-                if record["seed"] in own.top1:
-                    continue
-                own.top1[record["seed"]] = value
+            group = numbers.setdefault(reduced, Numbers({}, []))
+            if record["seed"] not in group.top1:
+                group.top1[record["seed"]] = top1
                 if student["soft"] and record.get("teacher"):
-                    own.teachers.append(record["teacher"]["top1"])
+                    group.teachers.append(record["teacher"]["top1"])
     return numbers
 
 
-def gaps(cell, found):
-    """{reduction: vanilla KD minus the best other method}, by the means, where all that the row compares were run."""
-    row = ("student", "teacher", "strategy")
-    others = [c for c in cells(cell["table"]) if "method" in c and all(c.get(key) == cell[key] for key in row)]
-    others = {c["method"]: measured(c, found) for c in others if c["method"] != "scratch"}
-    shared = set.intersection(*(set(numbers) for numbers in others.values())) if "kd" in others else ()
-    means = {reduced: {method: numbers[reduced].mean for method, numbers in others.items()} for reduced in shared}
-    return {r: Numbers({None: m["kd"] - max(v for k, v in m.items() if k != "kd")}, []) for r, m in means.items()}
+def top1_on(test_set, record, result):
+    """Top-1 of a student: of training (None), or what evaluate.py gave, written down under "evaluations"."""
+    if test_set is None:
+        return result["last"]["top1"]
+    wanted = (result["name"], test_set)
+    evaluations = record.get("evaluations", [])
+    return next((e["top1"] for e in evaluations if (e["student"], e["data"]) == wanted), None)
 
 
-# ---------------------------------------------------------------- printing
+def gaps(cell, records):
+    """{reduction: kd minus the best other method, by their means}, where all methods were run."""
+    row = {key: cell[key] for key in ("student", "teacher", "strategy")}
+    methods = {}
+    for other in cells(cell["table"]):
+        if other.get("method", "scratch") != "scratch" and row.items() <= other.items():
+            methods[other["method"]] = measured(other, records)
+    kd = methods.pop("kd", {})
+    shared = [reduced for reduced in kd if all(reduced in numbers for numbers in methods.values())]
+    best = {reduced: max(numbers[reduced].mean for numbers in methods.values()) for reduced in shared}
+    return {reduced: Numbers({None: kd[reduced].mean - best[reduced]}, []) for reduced in shared}
 
 
-def row(cell, found):
-    """One line of a table."""
-    shown, run, numbers = cell, training(cell) if is_training(cell) else None, measured(cell, found)
+# ---------------------------------------------------------------- tables
+
+
+def row(cell, records):
+    """One line of a table, as text and numbers."""
+    run, numbers, shown = training(cell), measured(cell, records), cell
     if run:
-        tree = load(run.recipe_name, run.overrides)
-        student = next(s for s in tree.students if s.name == run.student)
-        shown = cell | {"epochs": tree.epochs, "lr": student.lr, "weight_decay": student.weight_decay}
-    ours, runs = numbers.pop("", None), command(cell) or cell.get("metric") == "kd_minus_best_other"
+        settings = load(run.recipe_name, run.overrides)
+        student = student_of(settings, run.student)
+        shown = cell | {"epochs": settings.epochs, "lr": student.lr, "weight_decay": student.weight_decay}
+    keys = ("student", "teacher", "method", "epochs", "lr", "weight_decay")
+    ours = numbers.pop("", None)
+    is_gap = cell.get("metric") == "kd_minus_best_other"
+    ours_or_not = f"{ours.mean:.2f}" if ours else "not run" if command(cell) or is_gap else ""
     return {
         "cell": cell["id"],
-        **{key: shown.get(key, "") for key in ("student", "teacher", "method", "epochs", "lr", "weight_decay")},
+        **{key: shown.get(key, "") for key in keys},
         "label loss": cell["overrides"].get("hard_label_loss", cell.get("hard_label_loss", "")),
-        "measure": cell["dataset"] if cell["kind"] in NETWORKS else cell["metric"],
-        "paper": f"{cell['elsewhere']:.2f} on ImageNet" if "elsewhere" in cell else printed(cell.get("value", "-"), cell),
-        "ours": f"{ours.mean:.2f}" if ours else "not run" if runs else "",
+        "measure": cell["dataset"] if cell["kind"] in ACCURACIES else cell["metric"],
+        "paper": printed(cell),
+        "ours": ours_or_not,
         "±": ours.spread if ours else "",
         "seeds": len(ours.top1) if ours and cell["kind"] != "delta" else "",
         "difference": f"{ours.mean - cell['value']:+.2f}" if ours and "value" in cell else "",
         "our teacher": f"{statistics.fmean(ours.teachers):.2f}" if ours and ours.teachers else "",
-        "reduced": "; ".join(shortened(*item) for item in sorted(numbers.items())),
+        "reduced": "; ".join(describe(*item) for item in sorted(numbers.items())),
         "disputed": " ".join(d["id"] for d in disputes(cell["table"]) if touches(d, cell)),
         "command": command(cell),
     }
 
 
-def shortened(reduced, numbers):
-    """'31.67 (3 of 240 epochs, 1 seed, teacher 33.77)'."""
-    said = [reduced]
-    if None not in numbers.top1:
-        said.append(f"{len(numbers.top1)} seed{'s' * (len(numbers.top1) > 1)}")
-    if numbers.teachers:
-        said.append(f"teacher {statistics.fmean(numbers.teachers):.2f}")
-    return f"{numbers.mean:.2f}{numbers.spread and f' ± {numbers.spread}'} ({', '.join(said)})"
-
-
-def disputes(table):
-    """The places where the paper, its code and its sources disagree about a table."""
-    return [d for d in paper()["disagreements"] if table in d["tables"]]
-
-
-def touches(dispute, cell):
-    return any(fnmatch.fnmatchcase(cell["id"], pattern) for pattern in TOUCHES.get(dispute["id"], ()))
-
-
-def printed(value, cell):
+def printed(cell):
+    """The paper's number."""
+    if "elsewhere" in cell:
+        return f"{cell['elsewhere']:.2f} on ImageNet"
+    value = cell.get("value", "-")
     if not isinstance(value, float) or cell["kind"] == "setting":
         return value
     return f"{value:.0f}" if cell["kind"] == "hours" else f"{value:.2f}"
 
 
-def markdown(table, rows):
-    """A heading, the table without its empty columns, and what to know about it."""
+def describe(reduced, numbers):
+    """'31.67 (3 of 240 epochs, 1 seed, teacher 33.77)'."""
+    facts = [reduced]
+    if None not in numbers.top1:
+        facts.append(f"{len(numbers.top1)} seed{'s' * (len(numbers.top1) > 1)}")
+    if numbers.teachers:
+        facts.append(f"teacher {statistics.fmean(numbers.teachers):.2f}")
+    return f"{numbers.mean:.2f}{numbers.spread and f' ± {numbers.spread}'} ({', '.join(facts)})"
+
+
+def disputes(table):
+    """The places where the paper, its code and its sources disagree about a table."""
+    return [dispute for dispute in paper()["disagreements"] if table in dispute["tables"]]
+
+
+def touches(dispute, cell):
+    patterns = TOUCHES.get(dispute["id"], ())
+    return any(fnmatch.fnmatchcase(cell["id"], pattern) for pattern in patterns)
+
+
+def markdown(rows):
+    """Rows as a Markdown table without its empty columns."""
     columns = [name for name in rows[0] if any(r[name] != "" for r in rows)]
-    lines = [f"## Table {table}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for r in rows:
-        shown = r | {"command": f"`{r['command']}`" if " --" in r["command"] else r["command"]}
+        code = f"`{r['command']}`" if " --" in r["command"] else r["command"]
+        shown = r | {"command": code}
         lines.append(f"| {' | '.join(str(shown[name]) for name in columns)} |")
-    lines.append("")
-    missing = dict.fromkeys(c["method"] for c in cells(table) if is_training(c) and training(c) is None)
-    if missing:
-        lines += [f"Not trainable yet: students {', '.join(missing)}.", ""]
+    return "\n".join(lines)
+
+
+def table_text(table, rows):
+    """A table as Markdown, with its heading and with what to know about it."""
+    parts = [f"## Table {table}", markdown(rows)]
     if any("--students" in r["command"] for r in rows):
-        lines += ["Students of one recipe with equal other overrides can share a run: `--students A B C --out DIR`.", ""]
+        sharing = "Students of one recipe with equal other overrides can share a run"
+        parts.append(f"{sharing}: `--students A B C --out DIR`.")
     if disputed := disputes(table):
-        lines += [
-            "Disputed here, and what was chosen (the column names those of a cell; the others touch the whole table):",
-            "",
-        ]
-        lines += [
-            f"- {d['id']} ({d['topic']}): the paper: {d['paper']}; against it: {d['other']}; here: {d['resolution']}"
-            for d in disputed
-        ]
-        lines.append("")
-    return "\n".join(lines)
+        scope = "the column names those of a cell; the others touch the whole table"
+        parts.append(f"Disputed here, and what was chosen ({scope}):")
+        lines = []
+        for d in disputed:
+            sides = f"the paper: {d['paper']}; against it: {d['other']}; here: {d['resolution']}"
+            lines.append(f"- {d['id']} ({d['topic']}): {sides}")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
-def readme(found):
-    """The results section: every table with a number of ours, and which ones have none."""
-    lines, empty = [], []
+def docs_section(records):
+    """Every table with a number of ours, without commands, and the names of the tables without one."""
+    parts, empty = [], []
     for table in (*TABLES, STUDY):
-        rows = [row(cell, found) for cell in cells(table)]
-        if not any(r["reduced"] or r["ours"] not in ("", "not run") for r in rows):
+        rows = [row(cell, records) for cell in cells(table)]
+        if any(r["reduced"] or r["ours"] not in ("", "not run") for r in rows):
+            parts += [f"### Table {table}", markdown([r | {"command": ""} for r in rows])]
+        else:
             empty.append(table)
-            continue
-        text = markdown(table, [r | {"command": ""} for r in rows])
-        lines.append(text.replace("## ", "### ", 1).split("\nDisputed here")[0].rstrip() + "\n")
-    if empty:
-        lines.append(f"Nothing run yet of Tables {', '.join(empty)}.")
+    lines = [f"Nothing run yet of Tables {', '.join(empty)}."] if empty else []
     lines.append("`python tools/paper.py TABLE` prints any table with its commands and what is disputed.")
-    return "\n".join(lines)
+    return "\n\n".join([*parts, "\n".join(lines)])
 
 
 def rewrite(path, section):
-    """Put a section between the two comments of a file; RecipeError where they are not."""
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
+    """Put a section between the two markers in a file; RecipeError where they are not in it."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise recipe.RecipeError(f"{path}: expected the lines '{BEGIN}' and '{END}' around the section to rewrite")
-    recipe.write_atomic(path, f"{before}{BEGIN}\n\n{section}\n\n{END}{after}")
+        raise recipe.RecipeError(f"{path}: expected the lines '{BEGIN}' and '{END}' around the section")
+    path.write_text(f"{before}{BEGIN}\n\n{section}\n\n{END}{after}", encoding="utf-8")
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = (*TABLES, STUDY, "all")
-    parser.add_argument("table", metavar="TABLE", nargs="?", choices=known, help=f"{', '.join(known)}")
-    parser.add_argument("--readme", action="store_true", help="write what was run into README.md instead")
-    parser.add_argument("--csv", action="store_true", help="print CSV instead of Markdown")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="our records (default: results/)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, known = parser.add_argument, (*TABLES, STUDY, "all")
+    add("table", metavar="TABLE", nargs="?", choices=known, help=", ".join(known))
+    add("--docs", action="store_true", help="write what was run into docs/results.md instead")
+    add("--csv", action="store_true", help="print CSV instead of Markdown")
+    records = "folder of our records (default: results/)"
+    add("--results", type=Path, default=ROOT / "results", metavar="DIR", help=records)
     args = parser.parse_args(arguments)
     if not args.results.is_dir():
         parser.error(f"--results {args.results}: no such folder")
-    if (args.table is None) != args.readme:
-        parser.error("expected a TABLE, or --readme")
-    found = list(records(args.results))
-    if args.readme:
-        try:
-            return rewrite(README, readme(found))
-        except recipe.RecipeError as error:
-            parser.error(str(error))
-    tables = {table: [row(cell, found) for cell in cells(table)] for table in (TABLES if args.table == "all" else [args.table])}
-    if args.csv:
-        writer = csv.DictWriter(sys.stdout, fieldnames=list(next(iter(tables.values()))[0]), lineterminator="\n")
-        writer.writeheader()
-        for rows in tables.values():
-            writer.writerows(rows)
-    else:
-        print("\n".join(markdown(table, rows) for table, rows in tables.items()))
+    if (args.table is None) != args.docs:
+        parser.error("expected a TABLE, or --docs")
+    try:
+        records = list(read_records(args.results))
+        if args.docs:
+            return rewrite(DOCS, docs_section(records))
+    except recipe.RecipeError as error:
+        parser.error(str(error))
+    names = TABLES if args.table == "all" else [args.table]
+    tables = {name: [row(cell, records) for cell in cells(name)] for name in names}
+    if not args.csv:
+        return print("\n".join(table_text(name, rows) for name, rows in tables.items()))
+    writer = csv.DictWriter(sys.stdout, next(iter(tables.values()))[0], lineterminator="\n")
+    writer.writeheader()
+    for rows in tables.values():
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

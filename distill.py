@@ -1,0 +1,436 @@
+"""The frozen teacher, a student with its losses, and all that the student's training changes.
+
+teacher = Teacher(network, settings.teacher, accelerator)
+taught = teacher(images)  # (logits, features), once a batch, whatever the number of students
+terms = student.forward(images, taught, target, index, soft_weight)  # {"loss", "hard", "soft"}
+"""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import functools
+import math
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import launch
+import losses
+import models
+import optim
+import recipe
+
+TERMS = ("loss", "hard", "soft")  # the weighted sum, the label loss, the distillation loss
+MAX_SKIPPED_STEPS = 10  # in a row, or more than 1 % of the steps of a run
+MIN_GRADIENT_SCALE = 1e-3  # float16's scale starts at 65536 and halves with every overflow
+
+
+# ---------------------------------------------------------------- a student
+
+
+class Distilled(nn.Module):
+    """A student and everything its losses train, in one forward that returns scalars: what DDP wraps.
+
+    net   images [B, 3, H, W] -> logits [B, K], or with `taps` (logits, features)
+    hard  (logits, target) -> scalar
+    soft  on logits: (logits, teacher_logits, target) -> scalar;
+          with `taps` on features: a module with projectors,
+          (features, teacher_features, target, index) -> scalar; None for labels alone
+
+    Evaluation and export use `.net` alone.
+    """
+
+    def __init__(self, net, hard, soft, hard_weight, taps=None, preactivation=False):
+        super().__init__()
+        self.net, self.hard, self.soft, self.hard_weight = net, hard, soft, hard_weight
+        self.taps, self.preactivation = taps, preactivation
+
+    def no_weight_decay(self):
+        """Names that timm's optimizers leave without decay: position embeddings and class tokens."""
+        return {f"net.model.{name}" for name in getattr(self.net.model, "no_weight_decay", set)()}
+
+    def forward(self, images, taught, target, index, soft_weight):
+        """{"loss", "hard", "soft"}: float32 scalars, and with a `soft` on logits the detached "logits".
+
+        taught: (teacher logits, teacher features or None); target: [B] ids or [B, K] probabilities;
+        index: [B] image ids; soft_weight: a scalar tensor, because torch.compile would build a new graph for
+        every value of a number. No scalar is detached: a compiled forward may return one tensor for two.
+        """
+        features = None
+        if self.taps:
+            logits, features = self.net(images, self.taps, self.preactivation)
+        else:
+            logits = self.net(images)
+        # losses in float32, whatever the networks compute in
+        with torch.autocast(images.device.type, enabled=False):
+            hard = self.hard(logits, target)
+            if self.soft is None:
+                return {"loss": self.hard_weight * hard, "hard": hard}
+
+            teacher_logits, teacher_features = taught
+            if self.taps:
+                soft = self.soft(features, teacher_features, target, index)
+            else:
+                soft = self.soft(logits, teacher_logits, target)
+        terms = {"loss": self.hard_weight * hard + soft_weight * soft, "hard": hard, "soft": soft}
+        return terms if self.taps else terms | {"logits": logits.detach().float()}
+
+    def gradient_norms(self, logits, teacher_logits, target, soft_weight):
+        """Norms over [B, K] of the gradients of the label and the distillation term, weighted, in the logits.
+
+        Computed on detached logits, so nothing in training depends on it. Only for a `soft` on logits.
+        """
+        with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
+            logits = logits.detach().requires_grad_()
+            hard = self.hard_weight * self.hard(logits, target)
+            soft = soft_weight * self.soft(logits, teacher_logits, target)
+            return tuple(torch.autograd.grad(term, logits)[0].norm() for term in (hard, soft))
+
+
+def build_student(settings, student, teacher_shapes=None, labels=None):
+    """(Distilled, optimizer) with the initial weights of `settings.seed`; RecipeError names the student.
+
+    A loss on features is built for the student's and the teacher's shapes (see `losses.py`), with the class
+    ids `labels` of all training images.
+    """
+    torch.manual_seed(settings.seed)  # every student starts from the same seed, alone or in company
+    try:
+        network = models.build(
+            student.model,
+            classes=settings.data.classes,
+            size=settings.data.size,
+            model_args=student.model_args,
+            pretrained=student.pretrained,
+            mean=student.mean,
+            std=student.std,
+        )
+        if student.grad_checkpointing:
+            checkpoint_activations(network.model, student.model)
+        hard = losses.make_loss(student.hard.loss, losses.LABEL_LOSSES, smoothing=student.hard.smoothing)
+        soft, taps = losses.make_loss(student.soft.loss, **student.soft.args) if student.soft else None, None
+        if compares_features(student):
+            taps = student.taps or network.default_taps()
+            shapes = network.shapes(settings.data.size, taps, student.preactivation)
+            soft = soft(shapes, teacher_shapes, labels)
+        module = Distilled(network, hard, soft, student.hard.weight, taps, student.preactivation)
+        return module, optim.make_optimizer(module, student)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise recipe.RecipeError(f"student {student.name!r}: {error}") from error
+
+
+def checkpoint_activations(model, name):
+    """timm's activation checkpointing; ValueError for a network without it."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise ValueError(f"grad_checkpointing: {name} does not have it") from None
+
+
+def compares_features(student):
+    """Whether a student's distillation loss is a module on features rather than a function of logits."""
+    return bool(student.soft) and isinstance(losses.LOSSES.get(student.soft.loss), type)
+
+
+@dataclasses.dataclass
+class Student:
+    """A student in training, with all that its training changes."""
+
+    settings: recipe.Student
+    accelerator: object  # one for each student: its own gradient scaler and count of accumulated batches
+    module: nn.Module  # a prepared Distilled
+    optimizer: torch.optim.Optimizer  # prepared
+    ema: ModelEmaV3 | None
+    # Loss terms, vectors of TERMS and a 1, stay on the device until a log row: reading would stop the device.
+    parts: list = dataclasses.field(default_factory=list)  # of the batches of this step
+    last_part: torch.Tensor | None = None
+    latest: tuple | None = None  # arguments of `gradient_norms` for the newest batch
+    sums: torch.Tensor | float = 0.0  # since the last log row, without the steps that were skipped
+    skipped: int = 0  # steps with a gradient that was not finite, up to the last log row
+    skipped_in_a_row: int = 0  # how many of them were the last ones before that row
+    last: dict | None = None  # the newest scores, with their step
+    best: dict | None = None
+
+    @property
+    def name(self):
+        return self.settings.name
+
+    @property
+    def distilled(self):
+        """The module without what DDP, DeepSpeed and torch.compile put around it."""
+        return self.accelerator.unwrap_model(self.module, keep_torch_compile=False)
+
+    @property
+    def net(self):
+        return self.distilled.net
+
+    def forward(self, images, taught, target, index, soft_weight):
+        """The terms of Distilled.forward for one batch; soft_weight a number."""
+        weight = torch.full((), soft_weight, device=images.device)
+        terms = self.module(images, taught, target, index, weight)
+        self.latest = (terms.pop("logits", None), taught and taught[0], target, soft_weight)
+        return terms
+
+    def backward(self, terms):
+        """Backward of terms["loss"]; with DeepSpeed it also clips and steps."""
+        with frozen_statistics(self.module) if self.settings.grad_checkpointing else contextlib.nullcontext():
+            self.accelerator.backward(terms["loss"])
+        values = [term.detach() for term in terms.values()]
+        self.parts.append(torch.stack([*values, torch.ones_like(values[0])]))
+
+    def step(self):
+        """Clip, step, average; then add the loss terms to the sums, unless the gradient was not finite."""
+        if launch.uses_deepspeed(self.accelerator):  # it has stepped already, so only the loss can tell
+            finite = self.accelerator.reduce(self.parts[-1][0].clone(), "sum").isfinite()
+        else:
+            finite = optim.clip_and_step(self.accelerator, self.optimizer, self.settings.clip_grad)
+        if self.ema:
+            self.ema.update(self.net)
+        for part in self.parts:
+            self.sums = self.sums + torch.where(finite, part, 0.0)
+        self.last_part, self.parts = self.parts[-1], []
+
+    def read_sums(self, steps, accumulate):
+        """({term: mean} since the last log row, how many of these `steps` were skipped), of all processes."""
+        *sums, batches = self.accelerator.reduce(self.sums.clone(), "mean").tolist()
+        self.sums = 0.0
+        taken = round(batches) // accumulate
+        means = {name: total / batches for name, total in zip(TERMS, sums, strict=False)} if taken else {}
+        return means, steps - taken
+
+    def check_finite(self, skipped, steps, step, stop):
+        """Count the steps that were `skipped` among the last `steps`; NotFinite where there are too many.
+
+        Returns a warning, or None. float16's overflows are expected: there only the gradient scale counts.
+        """
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped == steps else 0
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            if skipped and scaler.get_scale() < MIN_GRADIENT_SCALE:
+                raise launch.TrainingError(
+                    f"student {self.name!r}: float16's gradient scale fell to {scaler.get_scale():.3g} by "
+                    f"step {step}: every gradient overflows; try --mixed_precision bf16"
+                )
+            return None
+
+        many = self.skipped_in_a_row >= MAX_SKIPPED_STEPS or self.skipped > max(MAX_SKIPPED_STEPS, stop / 100)
+        if many or (skipped and launch.uses_deepspeed(self.accelerator)):
+            raise NotFinite(self, step)
+        if skipped:
+            return (
+                f"student {self.name!r}: gradient not finite in {skipped} of the last {steps} steps, where "
+                f"it was replaced by zeros; {self.skipped} such steps by step {step}"
+            )
+        return None
+
+    def log_gradients(self):
+        """{"gradient_hard", "gradient_soft", "gradient_ratio"} of the newest batch.
+
+        {} for a student without a distillation loss on logits. The mean over processes, each with its batch.
+        """
+        if self.distilled.soft is None or self.distilled.taps:
+            return {}
+        norms = self.distilled.gradient_norms(*self.latest)
+        norms = [self.accelerator.reduce(norm, "mean").item() for norm in norms]
+        row = {"gradient_hard": norms[0], "gradient_soft": norms[1]}
+        if norms[1]:
+            row["gradient_ratio"] = norms[0] / norms[1]
+        return {name: value for name, value in row.items() if math.isfinite(value)}
+
+
+class NotFinite(launch.TrainingError):
+    """Too many gradients of a student were not finite. `facts` is what a dump should tell."""
+
+    def __init__(self, student, step):
+        terms = {term: str(value) for term, value in zip(TERMS, student.last_part.tolist(), strict=False)}
+        super().__init__(
+            f"student {student.name!r}: the gradient is not finite at step {step}, loss {terms['loss']}; "
+            f"{student.skipped} steps were skipped"
+        )
+        self.facts = {
+            "step": step,
+            "student": student.name,
+            "skipped": student.skipped,
+            "lr": student.optimizer.param_groups[0]["lr"],
+            "terms of the last batch": terms,  # as text: NaN is not JSON
+        }
+
+
+def prepare_student(student, module, optimizer, loader, **tracking):
+    """The Student of a recipe.Student and of what `build_student` gave, with an Accelerator made for it.
+
+    loader: the training loader, for its batch sizes; tracking: arguments of the Accelerator.
+    """
+    accelerator = launch.make_accelerator(gradient_accumulation_steps=loader.accumulate, **tracking)
+    if compares_features(student):
+        share_memory(module, accelerator)
+    if launch.uses_deepspeed(accelerator):
+        launch.configure_deepspeed(
+            accelerator,
+            per_process=loader.per_process,
+            accumulate=loader.accumulate,
+            batch_size=loader.batch_size,
+            clip_grad=student.clip_grad,
+        )
+        # it flattens weights, and its broadcast fails on other layouts
+        module.to(memory_format=torch.contiguous_format)
+    module, optimizer = accelerator.prepare(module, optimizer)
+    if accelerator.scaler is not None:
+        optim.start_momentum(optimizer.optimizer)
+    module.train()
+    prepared = Student(student, accelerator, module, optimizer, None)
+    if student.ema is not None:
+        prepared.ema = ModelEmaV3(prepared.net, decay=student.ema)
+    return prepared
+
+
+def share_memory(module, accelerator):
+    """A loss's memory of past batches (CRD) is updated alike on every process, from what all of them saw.
+
+    DDP would instead copy the main process's memory to all of them before every forward: 1.3 GB on ImageNet.
+    """
+    if hasattr(module.soft, "gather"):
+        module.soft.gather = accelerator.gather
+    buffers = [f"soft.{name}" for name, _ in module.soft.named_buffers()]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
+
+
+@contextlib.contextmanager
+def frozen_statistics(network):
+    """BatchNorm keeps its running statistics: a block that runs again in backward would move them."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+# ---------------------------------------------------------------- the teacher
+
+
+class Teacher:
+    """A frozen network, called once a batch, whatever the number of students.
+
+    settings: recipe.Teacher; taps: where its features are taken, None where no student compares features.
+    """
+
+    def __init__(self, network, settings, accelerator, taps=None):
+        self.network, self.taps, self.preactivation = network, taps, settings.preactivation
+        self.device_type = accelerator.device.type
+        self.dtype = launch.DTYPES[settings.precision or launch.precision(accelerator)]
+
+    def __call__(self, images):
+        """Images [B, 3, H, W] in [0, 1] -> (logits [B, K], features as `losses.py` wants them, or None)."""
+        autocast = torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+        with torch.inference_mode(), autocast:
+            if self.taps:
+                logits, features = self.network(images, self.taps, self.preactivation)
+            else:
+                logits, features = self.network(images), None
+        # copies, because autograd refuses to keep tensors that were made in inference mode
+        return logits.clone(), features and [feature.clone() for feature in features]
+
+
+def build_teacher(settings, data):
+    """The Network of a recipe.Teacher for a recipe.Data, pretrained, with a file's weights, or untrained."""
+    if settings.pretrained:
+        models.check_pretrained(settings.model, classes=data.classes, size=settings.size or data.size)
+    return models.build(
+        settings.model,
+        classes=data.classes,
+        size=data.size,
+        resize=settings.size,
+        model_args=settings.model_args,
+        pretrained=settings.pretrained,
+        checkpoint=settings.checkpoint,
+        mean=settings.mean,
+        std=settings.std,
+    )
+
+
+def teacher_taps(settings, network):
+    """Where the teacher's features are taken; None where no student of the recipe compares features."""
+    if any(compares_features(student) for student in settings.students):
+        return settings.teacher.taps or network.default_taps()
+    return None
+
+
+def at_chance(scores, classes):
+    """Whether a top-1 is within three standard deviations of guessing among `classes`."""
+    chance = 1 / classes
+    return scores["top1"] <= 100 * (chance + 3 * math.sqrt(chance * (1 - chance) / scores["n"]))
+
+
+@torch.no_grad()
+def freeze(network, size):
+    """A copy of a trained Network for forwards alone: eval mode, no gradients, constants computed once.
+
+    BatchNorm after a convolution is folded into it: equal up to rounding, and the maps are read and written
+    once less. Attention that gathers a bias by relative position (BEiT, Swin) keeps what it gathered. `size`:
+    pixels of the images.
+    """
+    network.eval().requires_grad_(False)
+    frozen = copy.deepcopy(network)
+    for convolution, parent, name in _convolution_norm_pairs(frozen, size):
+        norm = getattr(parent, name)
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        fused = nn.utils.fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+        convolution.weight, convolution.bias = (
+            nn.Parameter(p.detach().clone(), requires_grad=False) for p in fused
+        )
+        # timm's BatchNormAct2d holds its activation
+        setattr(parent, name, nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity())
+    for module in frozen.modules():
+        if callable(gather := getattr(module, "_get_rel_pos_bias", None)):
+            module._get_rel_pos_bias = functools.partial(_constant, gather())
+    frozen.to(memory_format=frozen.memory_format)
+    images = torch.rand(2, 3, size, size, device=network.mean.device)
+    # a network that does more with a convolution's output than its modules show must not be folded
+    return frozen if torch.allclose(frozen(images), network(images), rtol=1e-3, atol=1e-3) else network
+
+
+def _constant(tensor):
+    return tensor
+
+
+def _convolution_norm_pairs(network, size):
+    """[(convolution, parent and name of the BatchNorm that alone reads its output)], found by one forward.
+
+    Names do not tell: timm's families name the two differently, and neighbours in a module need not follow
+    each other in the forward.
+    """
+    convolution_of, readers, outputs, hooks, calls = {}, {}, [], [], collections.Counter()
+
+    def write(module, _, output):
+        outputs.append(output)  # kept, so that no other tensor gets its id
+        convolution_of[id(output)], readers[id(output)] = module, []
+
+    def read(module, inputs):
+        calls[module] += 1
+        for tensor in inputs:
+            readers.setdefault(id(tensor), []).append(module)
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(write))
+        if isinstance(module, nn.BatchNorm2d) or not any(module.children()):
+            hooks.append(module.register_forward_pre_hook(read))
+    network(torch.zeros(1, 3, size, size, device=network.mean.device))
+    for hook in hooks:
+        hook.remove()
+
+    place = {child: (parent, name) for parent in network.modules() for name, child in parent.named_children()}
+    pairs = []
+    for key, convolution in convolution_of.items():
+        norm = readers[key][0] if len(readers[key]) == 1 else None
+        if not isinstance(norm, nn.BatchNorm2d) or not norm.track_running_stats:
+            continue
+        if calls[norm] == calls[convolution] == 1:
+            pairs.append((convolution, *place[norm]))
+    return pairs

@@ -1,0 +1,162 @@
+"""What `accelerate launch` (or torchrun) gave this process: accelerators, precision, signals.
+
+A recipe says what is trained; processes, devices, mixed precision and DeepSpeed belong to the launch. A
+launch that would silently train something other than the recipe is refused here, before any work.
+"""
+
+import os
+import signal
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import InitProcessGroupKwargs
+
+import recipe
+
+EXIT_UNSAVED = 74  # EX_IOERR of sysexits.h
+DTYPES = {"fp32": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Optimizers, by timm's names, whose update of a number depends on that number's gradient alone.
+ELEMENTWISE = {"sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "lion", "rmsprop"}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it stopped and why."""
+
+    exit_code = 1
+
+
+class Unsaved(TrainingError):
+    """Checkpoints cannot be written any more; the older ones are valid."""
+
+    exit_code = EXIT_UNSAVED
+
+
+class Stopped(TrainingError):
+    """A signal stopped the run, after a checkpoint."""
+
+    def __init__(self, message, signal_number):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class Signals:
+    """SIGTERM and the first Ctrl-C wait for the end of a step; the second Ctrl-C raises."""
+
+    def __init__(self, processes):
+        self.received = 0
+        # gloo, whatever the gradients use: the processes agree without waiting for their GPUs
+        self.group = torch.distributed.new_group(backend="gloo") if processes > 1 else None
+
+    def __enter__(self):
+        self.before = {
+            number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def remember(self, number, _):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self):
+        """The number of the signal that any process received, the same on all of them; 0 for none."""
+        if self.group is None:
+            return self.received
+        received = torch.tensor(self.received)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(received)
+
+
+def make_accelerator(**settings):
+    """An Accelerator of this launch. Without a GPU, DeepSpeed's processes can only talk over gloo."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
+        settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+    return Accelerator(**settings)
+
+
+def uses_deepspeed(accelerator):
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def partitions_optimizer(accelerator):
+    """Whether each process holds only a piece of the optimizer's state: DeepSpeed ZeRO from stage 1 on."""
+    return uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage > 0
+
+
+def precision(accelerator):
+    """ "no", "bf16" or "fp16": what autocast computes in. DeepSpeed has its own setting, `torch_autocast`."""
+    if not uses_deepspeed(accelerator):
+        return accelerator.mixed_precision
+    autocast = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {})
+    return {"bfloat16": "bf16", "float16": "fp16"}[autocast["dtype"]] if autocast.get("enabled") else "no"
+
+
+def check_launch(settings, accelerator):
+    """Raise RecipeError for a launch that would silently train something other than the recipe."""
+    launched, kind = int(os.environ.get("WORLD_SIZE", 1)), accelerator.distributed_type
+    if accelerator.num_processes != launched:  # on a machine without GPUs every process would train alone
+        raise recipe.RecipeError(
+            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}; for several "
+            "processes on CPUs set ACCELERATE_USE_CPU=true: see docs/launch.md"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise recipe.RecipeError(
+            "--mixed_precision fp16 on a CPU: accelerate would train in float32; use bf16 or no"
+        )
+    if accelerator.mixed_precision == "fp8" or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise recipe.RecipeError(
+            f"{kind.value}, --mixed_precision {accelerator.mixed_precision}: not supported; a student fits "
+            "on one GPU: use multi-GPU or DeepSpeed stages 0 to 2, with bf16, fp16 or no"
+        )
+    if uses_deepspeed(accelerator):
+        check_deepspeed(settings, accelerator)
+
+
+def check_deepspeed(settings, accelerator):
+    """Raise RecipeError for a DeepSpeed configuration that would not train what the recipe says."""
+    plugin = accelerator.state.deepspeed_plugin
+    config, stage = plugin.deepspeed_config, plugin.zero_stage
+    if stage > 2:
+        raise recipe.RecipeError(
+            f"DeepSpeed ZeRO stage {stage}: it splits the weights, which evaluation, EMA and export need "
+            "whole, and a student fits on one GPU: use stage 0, 1 or 2"
+        )
+    halves = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") not in (None, False)]
+    if halves or accelerator.mixed_precision != "no":
+        raise recipe.RecipeError(
+            f"DeepSpeed with {' and '.join(halves) or accelerator.mixed_precision}: it would cast the "
+            "weights, also those of BatchNorm; use --mixed_precision no and in its JSON file "
+            '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
+        )
+    if precision(accelerator) == "fp16":
+        raise recipe.RecipeError(
+            "DeepSpeed with float16: its loss scale cannot be saved without pickle; use bfloat16, or DDP"
+        )
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+        raise recipe.RecipeError(
+            "DeepSpeed with offload_optimizer: it would replace the optimizer of the recipe"
+        )
+    if not stage:
+        return
+    for student in settings.students:
+        if student.optimizer not in ELEMENTWISE:
+            raise recipe.RecipeError(
+                f"DeepSpeed ZeRO stage {stage} with optimizer {student.optimizer!r} of student "
+                f"{student.name!r}: the stage joins all tensors and splits the result, but "
+                f"{student.optimizer} needs each tensor whole (the trust ratio of LAMB is per tensor): use "
+                f"stage 0 or DDP, or one of {', '.join(sorted(ELEMENTWISE))}"
+            )
+
+
+def configure_deepspeed(accelerator, *, per_process, accumulate, batch_size, clip_grad):
+    """Give DeepSpeed the batch and the clipping of the recipe; it would clip at 1.0 if it were not told."""
+    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": per_process,
+        "gradient_accumulation_steps": accumulate,
+        "train_batch_size": batch_size,
+        "gradient_clipping": clip_grad or 0.0,
+    }

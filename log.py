@@ -1,0 +1,450 @@
+"""What people watch: the plan before a run, rows of metrics and TensorBoard during it, a result after it.
+
+metrics.jsonl has a row for every `log_every` steps (means over these steps) and for every evaluation. Names
+are "what/student": loss, hard and soft (the weighted sum, the label loss, the distillation loss), lr, top1
+and top5 (per cent), top1_ema, gradient_hard, gradient_soft and their ratio; "speed/images_per_second";
+"seconds/part" of one step.
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import accelerate
+import datasets
+import numpy as np
+import timm
+import torch
+from timm.utils import distribute_bn
+
+import checkpoint
+import distill
+import launch
+import models
+from evaluate import accuracy, table
+
+GRADIENTS = ("gradient_hard", "gradient_soft", "gradient_ratio")
+BOARD = {
+    "train": ("loss", "hard", "soft", "lr", "seconds", *GRADIENTS)
+}  # what TensorBoard shows of a student
+BOARD["test"] = ("top1", "top5", "top1_ema", "top5_ema")
+RUN_BOARD = ("epoch", "speed/images_per_second", "seconds/data", "seconds/teacher")
+LOSS_CURVES, ACCURACY_CURVES = ("loss", "hard", "soft", *GRADIENTS), ("top1", "top1_ema")
+CURVE_POINTS = 300  # of a curve in result.json
+
+
+class Clock:
+    """Seconds between marks, summed by name, on the device's clock: a kernel runs long after its launch."""
+
+    def __init__(self, device):
+        self.on_gpu = device.type == "cuda"
+        self.marks = []
+        self.window, self.total = {}, {}  # since the last log row, since the run began
+
+    def mark(self, name):
+        """The time since the mark before belongs to `name` (None: to nothing)."""
+        mark = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+        if self.on_gpu:
+            mark.record()
+        self.marks.append((name, mark))
+
+    def read(self):
+        """Add up the marks; waits for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        for (_, before), (name, now) in itertools.pairwise(self.marks):
+            if name is not None:
+                seconds = before.elapsed_time(now) / 1000 if self.on_gpu else now - before
+                for sums in (self.window, self.total):
+                    sums[name] = sums.get(name, 0.0) + seconds
+        self.marks = []
+
+
+class Log:
+    """The rows of one run, in metrics.jsonl and on TensorBoard.
+
+    stop: the step at which the run ends; limit: batches of an evaluation, for a trial.
+    """
+
+    def __init__(self, folder, settings, lead, students, loader, test_loader, stop, limit=None):
+        self.folder, self.settings, self.lead, self.students = folder, settings, lead, students
+        self.loader, self.test_loader, self.stop, self.limit = loader, test_loader, stop, limit
+        self.steps_per_epoch = loader.steps_per_epoch
+        self.path = folder / "metrics.jsonl"
+        self.clock = Clock(lead.device)
+        self.steps, self.window = 0, 0.0  # optimizer steps since the last row, and the seconds they took
+        self.seconds = 0.0  # of all steps, over all resumptions
+        self.index = None  # ids of the newest batch's images, which a dump names
+        self.warned_broken = 0  # broken images that a warning has named
+        self.unwritten = []  # rows that the disk did not take
+
+    def count_step(self, seconds, index):
+        """A step took so many seconds; its last batch had these image ids."""
+        self.index = index
+        self.steps += 1
+        self.window += seconds
+        self.seconds += seconds
+
+    def losses(self, step):
+        """Write a row of means since the last one; returns the mean loss of the students, for people."""
+        row = {}
+        means = []
+        for student in self.students:
+            terms, skipped = student.read_sums(self.steps, self.loader.accumulate)
+            self.check_finite(student, skipped, step)
+            means.append(terms.get("loss", math.nan))
+            row |= self.losses_of(student, terms, step)
+        row |= self.warn_of_broken_images()
+        row["speed/images_per_second"] = self.steps * self.settings.batch_size / self.window
+        self.clock.read()
+        row |= {f"seconds/{name}": seconds / self.steps for name, seconds in self.clock.window.items()}
+        self.steps, self.window, self.clock.window = 0, 0.0, {}
+        self.write(step, row)
+        return float(np.mean(means))
+
+    def losses_of(self, student, terms, step):
+        """The part of a row that belongs to one student."""
+        values = dict(terms)
+        values["lr"] = student.optimizer.param_groups[0]["lr"]
+        if student.skipped:  # float16's overflows are expected, other gradients that are not finite are not
+            values["overflows" if student.accelerator.scaler else "skipped"] = student.skipped
+        # not in the last row, which a resumed run may write without a step
+        if step % self.settings.log_every == 0:
+            values |= student.log_gradients()
+        if not math.isfinite(values.get("loss", 0.0)):
+            raise launch.TrainingError(
+                f"student {student.name!r}: the loss is {values['loss']} by step {step}"
+            )
+        return {f"{name}/{student.name}": value for name, value in values.items()}
+
+    def check_finite(self, student, skipped, step):
+        """Warn of gradients that were not finite; if there are too many, write a dump and raise."""
+        try:
+            warning = student.check_finite(skipped, self.steps, step, self.stop)
+        except distill.NotFinite as error:
+            dump = self.folder / f"not-finite-{student.name}-{step}.json"
+            facts = error.facts | {"images of the last batch": self.index.tolist()}
+            if self.lead.is_main_process:
+                checkpoint.write_atomic(dump, json.dumps(facts, indent=2) + "\n")
+            raise launch.TrainingError(f"{error}: {dump}") from error
+        if warning:
+            self.lead.print(f"warning: {warning}")
+
+    def warn_of_broken_images(self):
+        """{"broken_images": their number so far}, or {}; new ones are named, twenty at most."""
+        broken = list(self.loader.broken.values())
+        if len(broken) > self.warned_broken:
+            new = "\n  ".join(broken[self.warned_broken :][:20])
+            self.lead.print(
+                f"warning: {len(broken)} images are broken and were left out so far; new:\n  {new}"
+            )
+            self.warned_broken = len(broken)
+        return {"broken_images": len(broken)} if broken else {}
+
+    def accuracy(self, step):
+        """Evaluate every student and its EMA in one pass, write a row, keep the last and best scores."""
+        networks = [(student, "", student.net) for student in self.students]
+        networks += [(student, "_ema", student.ema.module) for student in self.students if student.ema]
+        if self.lead.num_processes > 1:
+            for _, _, network in networks:  # BatchNorm of each process has seen other images
+                distribute_bn(network, self.lead.num_processes, reduce=True)
+        row = {}
+        scores = accuracy([network for _, _, network in networks], self.test_loader, self.lead, self.limit)
+        for (student, suffix, _), score in zip(networks, scores, strict=True):
+            row |= {f"{metric}{suffix}/{student.name}": score[metric] for metric in ("top1", "top5")}
+            if suffix:
+                student.last["ema"] = score
+                continue
+            student.last = {**score, "step": step, "epoch": step / self.steps_per_epoch}
+            if student.best is None or score["top1"] > student.best["top1"]:
+                student.best = student.last
+        self.write(step, row)
+
+    def write(self, step, row):
+        """One row, with its step and epoch."""
+        row = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **row}
+        if self.lead.is_main_process:
+            self.unwritten.append(row)
+            try:
+                self.flush()
+            except OSError as error:
+                rows = f"{len(self.unwritten)} rows, which are kept for the next time"
+                self.lead.print(f"warning: {self.path} did not take {rows}: {error}")
+        try:
+            # On the board every student is a run, so that one chart compares them.
+            self.lead.log({key: value for key, value in row.items() if key in RUN_BOARD}, step=step)
+            for student in self.students:
+                names = {f"{part}/{m}": f"{m}/{student.name}" for part, ms in BOARD.items() for m in ms}
+                values = {name: row[key] for name, key in names.items() if row.get(key) is not None}
+                student.accelerator.log(values, step=step)
+        except OSError as error:
+            self.lead.print(f"warning: TensorBoard did not get the row of step {step}: {error}")
+
+    def flush(self):
+        """Append the unwritten rows to metrics.jsonl, all or none; OSError where the disk is full."""
+        text = "".join(json.dumps(row) + "\n" for row in self.unwritten).encode()
+        with open(self.path, "ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(text) < len(text):
+                file.truncate(before)
+                raise OSError("no space left")
+        self.unwritten = []
+
+    def state(self):
+        """The log's part of a checkpoint, with all rows on the disk."""
+        self.clock.read()
+        self.flush()
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+        return {
+            "seconds": self.seconds,
+            "timed": (self.steps, self.window),
+            "clock": {"window": self.clock.window, "total": self.clock.total},
+            "metrics_bytes": self.path.stat().st_size,
+        }
+
+    def restore(self, state):
+        """Continue from what `state` gave (None: begin); rows that were written after it are cut off."""
+        if self.lead.is_main_process and self.path.exists():
+            os.truncate(self.path, state["metrics_bytes"] if state else 0)
+        if state:
+            self.seconds, (self.steps, self.window) = state["seconds"], state["timed"]
+            self.clock.window, self.clock.total = state["clock"]["window"], state["clock"]["total"]
+            self.warned_broken = len(self.loader.broken)
+
+    def last_step(self):
+        """The step of the last row on the disk; 0 without one."""
+        rows = self.path.read_text().splitlines() if self.path.exists() else []
+        return json.loads(rows[-1])["step"] if rows else 0
+
+    def rows(self):
+        """All rows, also those that the disk has not taken."""
+        written = self.path.read_text().splitlines() if self.path.exists() else []
+        return [*map(json.loads, written), *self.unwritten]
+
+    def open_board(self, step):
+        """TensorBoard's files; what an interrupted run wrote after `step` is hidden."""
+        for name, accelerator in [("run", self.lead), *((s.name, s.accelerator) for s in self.students)]:
+            accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": step + 1}})
+
+    def close_board(self):
+        for accelerator in (self.lead, *(student.accelerator for student in self.students)):
+            for tracker in accelerator.trackers:
+                try:
+                    tracker.finish()
+                except OSError as error:  # tensorboard/ was removed during the run; the result is written
+                    self.lead.print(f"warning: TensorBoard's files are not complete: {error}")
+
+
+# ---------------------------------------------------------------- before a run
+
+
+def plan(log, teacher, step):
+    """What a run will do and need, as text: batch, steps, data, networks, losses, memory."""
+    settings, loader, stop = log.settings, log.loader, log.stop
+    data, kind = settings.data, "streamed" if settings.data.streaming else "memory-mapped"
+    if loader.resident:
+        kind = f"resident on {loader.resident.device} ({_gigabytes(loader.resident.images.nbytes)})"
+    share = f" ({data.fraction:g} of each class)" if data.fraction < 1 else ""
+    crops = stop * settings.batch_size
+    lines = [
+        f"{log.folder}: {settings.epochs} epochs of {loader.steps_per_epoch} steps"
+        + (f", of which this run makes {stop} steps" if log.limit else "")
+        + (f"; resumed at step {step}" if step else ""),
+        f"  data: {loader.size:,} images{share} of {data.source}, {kind}; {crops:,} crops of "
+        f"{data.size} pixels from {-(-crops // data.repeats):,} images read ({data.repeats} of each)",
+        f"  batch: {settings.batch_size} = {loader.world} processes x {loader.per_process} "
+        f"x {loader.accumulate} accumulated",
+    ]
+    fixed, largest = 0, 0
+    if teacher is not None:
+        network = teacher.network
+        fixed += 4 * count_parameters(network)
+        name, size = settings.teacher.model or "its recipe", network.size or data.size
+        lines.append(f"  teacher: {name}, {count_parameters(network):,} parameters, {size} pixels")
+    for student in log.students:
+        described, weights, activations = plan_student(student, data.size, loader.per_process)
+        lines += described
+        fixed, largest = fixed + weights, max(largest, activations)
+    lines.append(f"  memory a process, about: {_memory(fixed, largest, loader.per_process)}")
+    return "\n".join(lines)
+
+
+def plan_student(student, size, per_process):
+    """(lines, bytes of weights, gradients and optimizer state, bytes of activations) of a student."""
+    settings, module = student.settings, student.distilled
+    soft = f" + {settings.soft.weight:g} {settings.soft.loss} {settings.soft.args}" if settings.soft else ""
+    lines = [
+        f"  student {student.name}: {settings.model}, {count_parameters(student.net):,} parameters, "
+        f"{settings.optimizer} lr {settings.lr:g}, weight decay {settings.weight_decay:g}, "
+        f"{settings.hard.weight:g} {settings.hard.loss}{soft}"
+    ]
+    banks = 0
+    if module.taps:
+        banks = sum(buffer.nbytes for buffer in module.soft.buffers())
+        lines.append(
+            f"    its loss trains {count_parameters(module.soft):,} parameters and keeps "
+            f"{_gigabytes(banks)}, features at taps {list(module.taps)}"
+        )
+    moments = 1 if isinstance(student.optimizer.optimizer, torch.optim.SGD) else 2
+    copies = 2 + moments + bool(student.ema)  # weights, gradients, moments, average
+    weights = banks + 4 * count_parameters(module) * copies
+    activations = per_process * activation_bytes(student.net, size, student.accelerator)
+    lines.append(f"    memory, about: {_memory(weights, activations, per_process)}")
+    return lines, weights, activations
+
+
+def activation_bytes(network, size, accelerator):
+    """Bytes that autograd keeps for the backward pass of one image, measured on two (for BatchNorm)."""
+    network = copy.deepcopy(network).train()  # a copy, because the forward moves BatchNorm's statistics
+    saved = {}
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), accelerator.autocast():
+        logits = network(torch.zeros(2, 3, size, size, device=accelerator.device))
+    del logits  # only now: it keeps alive what was saved, so that no address is used twice
+    return sum(n for address, n in saved.items() if address not in weights) / 2
+
+
+def count_parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def _memory(fixed, activations, per_process):
+    kept = f"{_gigabytes(activations)} of activations for {per_process} images"
+    return f"{_gigabytes(fixed)} of weights, gradients and optimizer, {kept}"
+
+
+def _gigabytes(n):
+    return f"{n / 1e9:.2f} GB"
+
+
+# ---------------------------------------------------------------- after a run
+
+
+def export_students(folder, students, data, label_names):
+    """Write students/NAME (and NAME-ema) for timm; see models.export."""
+    preprocessing = {key: getattr(data, key) for key in ("size", "crop_pct", "interpolation")}
+    (folder / "students").mkdir(exist_ok=True)
+    for student in students:
+        networks = {student.name: student.net}
+        if student.ema:
+            networks[f"{student.name}-ema"] = student.ema.module
+        for name, network in networks.items():
+            path, model_args = folder / "students" / name, student.settings.model_args
+            models.export(network, path, model_args=model_args, label_names=label_names, **preprocessing)
+
+
+def write_result(log, step, teacher_scores):
+    """Write result.json and return its content: the last evaluation counts, the best is only logged."""
+    settings, students, rows = log.settings, log.students, log.rows()
+    seconds = {name: round(total / step, 6) for name, total in log.clock.total.items()}
+    log.lead.print("seconds a step: " + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()))
+    on_gpu = log.lead.device.type == "cuda"
+    result = {
+        "seed": settings.seed,
+        "students": [
+            {"name": s.name, "parameters": count_parameters(s.net), "last": s.last, "best": s.best}
+            for s in students
+        ],
+        "curves": {s.name: curve(rows, s.name, "step", LOSS_CURVES) for s in students},
+        "accuracy": {s.name: curve(rows, s.name, "epoch", ACCURACY_CURVES) for s in students},
+        "teacher": teacher_scores,
+        "steps": step,
+        "epochs": step / log.steps_per_epoch,
+        "limit": log.limit,
+        "seconds": round(log.seconds, 1),
+        "seconds_per_step": seconds,
+        "broken_images": len(log.loader.broken),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "images_per_second": round(step * settings.batch_size / log.seconds, 1),
+        **environment(log.lead),
+        "recipe": dataclasses.asdict(settings),
+    }
+    text = json.dumps(result, indent=2)
+    numbers = r"\[\n[-+.\deE,\s]+\]"
+    text = re.sub(numbers, lambda match: " ".join(match[0].split()), text)  # a curve is one line
+    checkpoint.write_atomic(log.folder / "result.json", text + "\n")
+    return result
+
+
+def curve(rows, name, x, metrics):
+    """{x: [...], metric: [...]} of a student over the rows with its first metric, at most CURVE_POINTS.
+
+    A metric that a row lacks (a gradient's norm in the last one) is null there; one that no row has is left
+    out.
+    """
+    rows = [row for row in rows if f"{metrics[0]}/{name}" in row]
+    rows = [rows[round(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), CURVE_POINTS))]
+    result = {x: [row[x] for row in rows]}
+    for metric in metrics:
+        values = [row.get(f"{metric}/{name}") for row in rows]
+        if set(values) - {None}:
+            result[metric] = [v and float(f"{v:.6g}") for v in values]
+    return result
+
+
+def environment(accelerator):
+    """What a number needs beside it: command, commit, versions, hardware."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    commit = (
+        subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    )
+    changed = bool(
+        subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    )
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else _cpu_name()
+    packages = (torch, timm, accelerate, datasets, np)
+    return {
+        "command": shlex.join(["train.py", *sys.argv[1:]]),
+        "commit": commit and commit + ("+changes" if changed else ""),
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in packages},
+        "hardware": {"device": device, "cpus": os.cpu_count(), "processes": accelerator.num_processes},
+        "precision": launch.precision(accelerator),
+    }
+
+
+def _cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def summary(results):
+    """A table of last-epoch accuracies: the teacher, and each student's mean and spread over seeds."""
+    rows = []
+    if results[0]["teacher"]:
+        rows.append(_row("teacher", [results[0]["teacher"]], results[0]["teacher"]["parameters"]))
+    for i, student in enumerate(results[0]["students"]):
+        scores = [result["students"][i]["last"] for result in results]
+        rows.append(_row(student["name"], scores, student["parameters"]))
+        if "ema" in scores[0]:
+            rows.append(
+                _row(f"{student['name']}-ema", [score["ema"] for score in scores], student["parameters"])
+            )
+    return table(rows)
+
+
+def _row(name, scores, parameters):
+    row = {"network": name, "parameters": parameters}
+    for metric, spread in (("top1", "±"), ("top5", "± ")):
+        values = [score[metric] for score in scores]
+        row[metric] = float(np.mean(values))
+        row[spread] = float(np.std(values, ddof=1)) if len(values) > 1 else "-"
+    return row | {"seeds": len(scores), "n": scores[0]["n"]}

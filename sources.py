@@ -1,0 +1,398 @@
+"""Where images come from: a split of a data set, its files and its classes. Nothing is decoded here.
+
+    split = open_split(data, data.train_split)
+    image = encoded(split.rows[0], 0, data, split)  # its name, bytes and class id
+
+`data` is the section of a recipe, or any object with the fields that a function reads.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+import tarfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import fsspec
+import huggingface_hub
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+from timm.data import ImageNetInfo
+
+from recipe import nearest
+
+DIGITS_TRAIN = 898  # of scikit-learn's 1,797 digits
+DIGITS_SHARDS = 8  # of the digits when they are streamed
+FRACTION_SEED = 0  # fixed: if runs drew their own images, the spread over seeds would contain that choice
+MAX_BYTES = 256 * 2**20  # of one image's file: a larger one is a mistake, or a device that never ends
+NAMES_SHOWN = 10  # of classes in an error message
+
+
+class DataError(ValueError):
+    """The data cannot be used as the recipe says; the message says what was found and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a source, images undecoded."""
+
+    rows: datasets.Dataset | datasets.IterableDataset  # memory-mapped, or a stream
+    ids: list | None  # class id of each label of the source; None: the labels are the class ids
+    names: list | None  # the classes by id, where the source names all of them
+    files: list  # one file a shard; in image folders one file an image; none for "digits"
+    beside: dict  # {split name: its files} of all splits of the source
+    openable: frozenset  # the files that a row may name instead of containing bytes: images, zip archives
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One image before decoding."""
+
+    name: str  # for error messages
+    path: str | None
+    content: bytes  # of its file; b"" for an empty cell of a table
+    label: int  # class id
+
+
+# ---------------------------------------------------------------- a split
+
+
+def open_split(data, name):
+    """The `Split` of `data.source` called `name`; a stream where `data.streaming`.
+
+    `data.source`: a data set on the Hugging Face hub, "digits", or a folder of parquet files, of webdataset
+    tar files or of images in class folders. Raises DataError for a split or column that is not there, with
+    the nearest one that is, and for classes that are not the recipe's.
+    """
+    source = data.source
+    splits, files = _splits(source, data.streaming)
+    if name not in splits:
+        known = ", ".join(splits)
+        raise DataError(f"{source}: no split {name!r}{nearest(name, splits)} (splits: {known})")
+    rows = splits[name]
+    for column in (data.image, data.label):
+        if rows.column_names and column not in rows.column_names:
+            hint, known = nearest(column, rows.column_names), ", ".join(rows.column_names)
+            raise DataError(f"{source}: no column {column!r}{hint} (columns: {known})")
+
+    ids = None
+    names = _class_names(rows.features, data.label)
+    if names:
+        ids = class_ids(source, names, data.classes)
+        by_id = [name for _, name in sorted(zip(ids, names, strict=True))]
+        names = by_id if len(names) == data.classes else None
+
+    # undecoded: `datasets` ends a stream without an error at the first image that it cannot decode
+    rows = rows.select_columns([data.image, data.label])
+    rows = rows.cast_column(data.image, datasets.Image(decode=False))
+    return Split(rows, ids, names, files.get(name, []), files, _openable(files.get(name, [])))
+
+
+def _splits(source, streaming):
+    """({split name: rows}, {split name: its files}) of a source, as `datasets` lists them."""
+    if source == "digits":
+        splits = _digits()
+        if streaming:
+            splits = {name: rows.to_iterable_dataset(DIGITS_SHARDS) for name, rows in splits.items()}
+        return splits, {}
+
+    local = Path(source).is_dir()
+    if not local and source.count("/") != 1:
+        raise DataError(
+            f"{source}: not a folder, not a data set's name on the hub ('owner/name'), not 'digits'"
+        )
+    try:
+        builder = datasets.load_dataset_builder(source)
+        data_files = builder.config.data_files or {}
+        files = {str(name): [str(file) for file in listed] for name, listed in data_files.items()}
+        if streaming:
+            return builder.as_streaming_dataset(), files
+        builder.download_and_prepare()
+        return builder.as_dataset(), files
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        hint = "; to work offline, download its parquet files and pass their folder with --data DIR"
+        raise DataError(
+            f"{source}: cannot be loaded as images: {error.__cause__ or error}{'' if local else hint}"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{source}: not a data set of images that `datasets` can read: {error}") from error
+
+
+@functools.cache
+def _digits():
+    """scikit-learn's bundled handwritten digits, 8x8 pixels of 16 greys, as a data set: nothing to download.
+
+    The split is that of scikit-learn's own classification example: first half and second half.
+    """
+    from sklearn.datasets import load_digits  # a second of import that other sources do not need
+
+    digits = load_digits()
+    columns = {
+        "image": [Image.fromarray(np.uint8(image * 255 / 16)) for image in digits.images],
+        "label": digits.target.tolist(),
+    }
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    return {"train": rows.select(range(DIGITS_TRAIN)), "test": rows.select(range(DIGITS_TRAIN, len(rows)))}
+
+
+def is_image_folder(split):
+    """Whether a split's files are images, sorted by class as in class folders."""
+    return bool(split.files) and _is_image(split.files[0])
+
+
+def _is_image(file):
+    return os.path.splitext(file)[1].lower() in Image.registered_extensions()
+
+
+def _openable(files):
+    """Images and zip archives among a split's files, by their listed and by their downloaded paths."""
+    listed = [file for file in files if _is_image(file) or file.endswith(".zip")]
+    return frozenset(listed).union(_downloaded(file) for file in listed if file.startswith("hf://"))
+
+
+def _downloaded(file):
+    """Where `datasets` puts a file of the hub, "hf://datasets/OWNER/NAME@COMMIT/PATH", on this disk."""
+    match = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)", file)
+    if not match:
+        return file
+    repository, commit, path = match.groups()
+    folder = huggingface_hub.file_download.repo_folder_name(repo_id=repository, repo_type="dataset")
+    return str(Path(huggingface_hub.constants.HF_HUB_CACHE, folder, "snapshots", commit, path))
+
+
+@functools.cache
+def evaluation_fields(source):
+    """The fields of a recipe's `data` that name a source's test images, for checkpoints without a recipe.
+
+    Takes the split test or validation, or the only one there is; the first column of images; the first
+    column of class labels, or else a webdataset's "cls". Raises DataError where one of them is not there.
+    """
+    splits, files = _splits(str(source), streaming=True)
+    candidates = [name for name in ("test", "validation") if name in splits]
+    if not candidates and len(splits) > 1:
+        known = ", ".join(splits)
+        raise DataError(f"{source}: no split called test or validation (splits: {known})")
+    split = str((candidates or list(splits))[0])
+
+    features = splits[split].features or {}
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    labels += ["cls"] if "cls" in features else []
+    if not images or not labels:
+        known = ", ".join(features)
+        raise DataError(f"{source}: needs a column of images and one of class labels (columns: {known})")
+    listed = files.get(split, [])
+    return {
+        "test_split": split,
+        "image": images[0],
+        "label": labels[0],
+        "classes": getattr(features[labels[0]], "num_classes", None),
+        # an image folder is one shard, which one worker would decode alone; its index is quickly made
+        "streaming": not (listed and _is_image(listed[0])),
+    }
+
+
+# ---------------------------------------------------------------- one row
+
+
+def encoded(row, index, data, split):
+    """The `Encoded` image of a row of `split.rows`; errors name it by `index` and its path.
+
+    Raises DataError for a label that is not a class, and for a file that cannot be read, is too large or is
+    not the source's: the path in a cell without bytes comes from whoever made the table, and could name any
+    file of this machine and any address, so only files that the source lists are opened.
+    """
+    cell = _cell(row, data)
+    path, label = cell["path"], row[data.label]
+    name = f"image {index} ({_printable(path or 'no file name')})"
+    labels = range(data.classes if split.ids is None else len(split.ids))
+    if not isinstance(label, int) or label not in labels:
+        raise DataError(f"{name}: label {label!r} is not in 0..{len(labels) - 1}")
+
+    content = cell["bytes"]
+    if content is None and path is not None:
+        member, _, archive = path.partition("::")
+        if (archive if member.startswith("zip://") else path) not in split.openable:
+            raise DataError(
+                f"{name}: its row has a path, which is not one of the files of {data.source}, and no bytes: "
+                "a table must contain the bytes of its images"
+            )
+        content = _read(path, name)
+    return Encoded(name, path, content or b"", label if split.ids is None else split.ids[label])
+
+
+def checksum(row, data):
+    """CRC-32 of an image's bytes, or of its path where the row has none: the same for any sharding."""
+    cell = _cell(row, data)
+    if cell["bytes"] is not None:
+        return zlib.crc32(cell["bytes"])
+    return zlib.crc32((cell["path"] or "").encode(errors="surrogateescape"))
+
+
+def _cell(row, data):
+    return row[data.image] or {"bytes": None, "path": None}  # None: an empty cell of a table
+
+
+def _read(path, name):
+    try:
+        # fsspec would take "::" in the name of a file on this disk for a chain of addresses
+        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except Exception as error:  # whatever the file system in between raises
+        raise DataError(f"{name} cannot be read: {error!r}") from error
+    if len(content) > MAX_BYTES:
+        raise DataError(
+            f"{name} has more than {MAX_BYTES:,} bytes, sources.MAX_BYTES: remove it from the data set"
+        )
+    return content
+
+
+def _printable(text):
+    """Text without control characters: file names come from others, and end in terminals and logs."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+# ---------------------------------------------------------------- classes
+
+
+def class_ids(source, names, classes):
+    """The class id of each of a source's label names.
+
+    WNIDs ("n01440764") get their place in timm's list of ImageNet's 1,000, so that a folder with a part of
+    the classes fits. Numbers ("0" to "999", ImageNet-V2) mean themselves: sorted as text, "10" would come
+    before "2". Other names are numbered in their order. Raises DataError for another number of classes than
+    `classes`, and for the 1,000 of ImageNet in another order.
+    """
+    imagenet = ImageNetInfo() if classes == 1000 else None
+    are_numbers = all(name.isascii() and name.isdigit() and int(name) < classes for name in names)
+    distinct = are_numbers and len({int(name) for name in names}) == len(names)
+    if distinct and (imagenet or len(names) == classes):
+        return [int(name) for name in names]
+    if imagenet and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        places = {wnid: i for i, wnid in enumerate(imagenet.label_names())}
+        unknown = [name for name in names if name not in places]
+        if unknown:
+            more = f" (and {len(unknown) - 1} more)"
+            raise DataError(f"{source}: class {unknown[0]!r} is not one of ImageNet's 1,000{more}")
+        return [places[name] for name in names]
+    if len(names) != classes:
+        raise DataError(f"{source}: {len(names)} classes found, the recipe's data.classes is {classes}")
+    if imagenet:
+        _check_imagenet_order(source, names, [imagenet.index_to_description(i) for i in range(1000)])
+    return list(range(classes))
+
+
+def _check_imagenet_order(source, names, descriptions):
+    """DataError for ImageNet's classes by name in another order: a teacher's answers would all be wrong."""
+    first_names = [re.split(r",| \(", name)[0] for name in names]
+    expected = [re.split(r",| \(", description)[0] for description in descriptions]
+    if len(set(first_names) & set(expected)) <= 900:
+        return
+    for i, (name, wanted) in enumerate(zip(first_names, expected, strict=True)):
+        if name != wanted:
+            raise DataError(
+                f"{source}: class {i} is {names[i]!r}, ImageNet's is {wanted!r}: not the order of the WNIDs"
+            )
+
+
+def check_classes(data, split):
+    """DataError if the training and the test split do not name the same classes, as their files say.
+
+    `datasets` makes one list of classes from the folders of all splits, and takes the list of the first
+    parquet file for all of them. Compared are the class folders that have images, or the lists in the
+    parquet files. `split`: either of the two.
+    """
+    names = {}
+    for name in (data.train_split, data.test_split):
+        names[name] = _declared_classes(split.beside.get(name, []), data.label, split)
+    train, test = names[data.train_split], names[data.test_split]
+    if train is None or test is None or train == test:
+        return
+
+    differences = []
+    for name, only in ((data.train_split, set(train) - set(test)), (data.test_split, set(test) - set(train))):
+        if only:
+            differences.append(f"only in {name}: {_abbreviated(sorted(only))}")
+    if not differences:
+        i = next(i for i, (a, b) in enumerate(zip(train, test, strict=False)) if a != b)
+        differences = [f"class {i} is {train[i]!r} in {data.train_split}, {test[i]!r} in {data.test_split}"]
+    splits = f"{data.train_split} and {data.test_split}"
+    raise DataError(f"{data.source}: {splits} have other classes: {'; '.join(differences)}")
+
+
+def _declared_classes(files, label, split):
+    """The classes by a split's files: its class folders, the list in its first parquet file, or None."""
+    if files and _is_image(files[0]):
+        folders = sorted({file.rsplit("/", 2)[-2] for file in files})
+        known = _class_names(split.rows.features, label) or ()
+        if not set(folders) <= set(known):
+            return None  # a table beside the images has the labels
+        return folders
+    if files and files[0].endswith(".parquet") and Path(files[0]).is_file():
+        return _class_names(datasets.Features.from_arrow_schema(pq.read_schema(files[0])), label)
+    return None
+
+
+def _class_names(features, label):
+    return getattr((features or {}).get(label), "names", None)
+
+
+def _abbreviated(names):
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(map(repr, names[:NAMES_SHOWN])) + more
+
+
+# ---------------------------------------------------------------- numbers of images
+
+
+def shard_lengths(split):
+    """Images in each shard of a streamed split; None where its files do not tell (tar files on the hub)."""
+    shards = split.rows.num_shards
+    if not split.files:  # digits
+        return [sum(1 for _ in split.rows.shard(shards, i)) for i in range(shards)]
+    if len(split.files) != shards:
+        return None
+    if all(file.endswith(".parquet") for file in split.files):
+        count = _rows_of_parquet
+    elif all(file.endswith(".tar") and Path(file).is_file() for file in split.files):
+        count = _rows_of_tar
+    else:
+        return None
+    with ThreadPoolExecutor(16) as pool:  # on the hub each footer is a request
+        return list(pool.map(count, split.files))
+
+
+def _rows_of_parquet(file):
+    with fsspec.open(file, "rb") as opened:
+        return pq.read_metadata(opened).num_rows
+
+
+def _rows_of_tar(file):
+    """Samples of a webdataset shard, whose members agree in their names up to the first dot."""
+    with tarfile.open(file) as tar:
+        return len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
+
+
+def take_fraction(split, data):
+    """The split with data.fraction of the rows of each class."""
+    labels = split.rows.with_format("numpy", columns=[data.label])[:][data.label]
+    return dataclasses.replace(split, rows=split.rows.select(share_of_each_class(labels, data.fraction)))
+
+
+def share_of_each_class(labels, fraction):
+    """Row numbers, ascending, of a share of each class of labels [n]: the rounded count, but at least one.
+
+    One seed for all runs, so that seeds, recipes and machines compare on the same images; a smaller share
+    is a part of a larger one. It depends on the order of the rows, which is the source's.
+    """
+    drawn = np.random.default_rng(FRACTION_SEED).random(len(labels))
+    by_class = np.lexsort((drawn, labels))  # in a class by the number drawn: the lowest are taken
+    _, start, count = np.unique(np.asarray(labels)[by_class], return_index=True, return_counts=True)
+    place_in_class = np.arange(len(labels)) - np.repeat(start, count)
+    taken = np.maximum(1, np.rint(fraction * count))
+    return np.sort(by_class[place_in_class < np.repeat(taken, count)])

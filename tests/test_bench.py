@@ -1,0 +1,136 @@
+"""tools/bench.py: every section runs in small sizes and writes its JSON, and JSON files become the table."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import losses
+
+sys.path.insert(0, str(ROOT / "tools"))
+import bench
+
+SECTIONS = list(bench.SECTIONS)
+RUN_ALL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import bench
+for section in sys.argv[3:]:
+    bench.main([section, "--small", "--rounds", "1", "--json", sys.argv[2]])
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{section: its result}, of one process for all sections: its imports take longer than they do."""
+    file = tmp_path_factory.mktemp("bench") / "bench.json"
+    command = [sys.executable, "-c", RUN_ALL, str(ROOT / "tools"), str(file), *SECTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_writes_its_json(results, section):
+    result = results[section]
+    for fact in ("command", "commit", "versions", "hardware", "threads"):
+        assert fact in result
+    assert (result["rounds"], result["device"]) == (1, "cpu")
+    for comparison in result["comparisons"]:
+        first, *others = comparison["rows"]
+        assert (first["ratio"], first["difference"]) == (1, 0) and others
+        for row in comparison["rows"]:
+            assert row["seconds"] > 0
+            assert row["ratio"] == pytest.approx(first["seconds"] / row["seconds"])
+
+
+def test_what_the_sections_measure(results):
+    assert all(row["images_per_second"] > 0 for row in rows(results, "input") + rows(results, "step"))
+    assert all(row["peak_mb"] > 0 for row in rows(results, "losses"))
+    assert {comparison["clock"] for comparison in results["startup"]["comparisons"]} == {"wall"}
+    assert [row["name"] for row in rows(results, "overhead")] == ["a plain loop", "ours"]
+
+
+def rows(results, section):
+    return [row for comparison in results[section]["comparisons"] for row in comparison["rows"]]
+
+
+def test_the_table_of_all_sections(results, tmp_path):
+    file, page = tmp_path / "bench.json", tmp_path / "speed.md"
+    file.write_text(json.dumps(results))
+    page.write_text("before\n<!-- bench -->\nan old table\n<!-- /bench -->\nafter\n")
+    bench.main(["table", str(file), "--write", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n<!-- bench -->") and text.endswith("<!-- /bench -->\nafter\n")
+    assert "an old table" not in text
+    for section in SECTIONS:
+        assert f"- {section}: `{results[section]['command']}`" in text
+        assert all(f"| {row['name']} |" in text for row in rows(results, section))
+
+
+def made_up(name, seconds):
+    """A result with one comparison, of one round: the first way takes a second."""
+    rounds = [{"first": measures(1.0), "second": measures(seconds)}]
+    comparison = {
+        "title": name,
+        "clock": "cpu",
+        "rows": [bench.row_of(way, rounds, "cpu") for way in rounds[0]],
+    }
+    for row in comparison["rows"]:
+        row["peak_mb"] = 3.0
+    facts = {"command": "bench", "commit": "abc", "versions": {"torch": "2"}, "hardware": {"device": "a CPU"}}
+    return facts | {"threads": 1, "rounds": 1, "comparisons": [comparison]}
+
+
+def measures(seconds, images=None):
+    return {"cpu": seconds, "wall": 9.0, "images": images}
+
+
+def test_a_later_file_replaces_the_sections_that_it_has(tmp_path):
+    files = tmp_path / "a.json", tmp_path / "b.json"
+    files[0].write_text(json.dumps({"step": made_up("slow", 4.0), "losses": made_up("loss", 0.5)}))
+    files[1].write_text(json.dumps({"step": made_up("fast", 0.25)}))
+    text = bench.table(files)
+    assert "slow" not in text
+    assert "|  | second | 250 ms |  | 4.00 (4.00 to 4.00) | -750 ms | 3 MB |" in text
+    assert "| loss (cpu time) | first | 1 s |  | 1.00 (1.00 to 1.00) | 0 us | 3 MB |" in text
+
+
+def test_a_page_without_the_markers_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("no table here")
+    with pytest.raises(SystemExit, match="expected the lines '<!-- bench -->' and '<!-- /bench -->'"):
+        bench.write_table(page, "a table")
+    assert page.read_text() == "no table here"
+
+
+def test_a_ratio_is_the_median_of_the_ratios_within_a_round():
+    rounds = [  # the machine is busy in the second round, for both ways
+        {"first": measures(1.0), "second": measures(0.5, 8)},
+        {"first": measures(8.0), "second": measures(4.0, 8)},
+        {"first": measures(1.0), "second": measures(4.0, 8)},
+    ]
+    row = bench.row_of("second", rounds, "cpu")
+    assert (row["seconds"], row["ratio"], row["ratio_range"]) == (4.0, 2.0, [0.25, 2.0])
+    assert (row["images_per_second"], row["difference"]) == (2.0, -0.5)
+    assert bench.row_of("second", rounds, "wall")["seconds"] == 9.0
+
+
+def test_a_way_that_fails_is_named(tmp_path, capfd):
+    def broken():
+        raise ValueError("no such way")
+
+    args = bench.argparse.Namespace(threads=1, small=True, device="cpu", rounds=1)
+    with pytest.raises(SystemExit, match="the process of 'a bad way' ended; its traceback is above"):
+        bench.compare(bench.Comparison("one", {"a bad way": broken}), args)
+    assert "ValueError: no such way" in capfd.readouterr().err
+
+
+def test_rkd_is_compared_with_its_definition():
+    student, teacher = (torch.randn(6, 5, dtype=torch.float64) for _ in range(2))
+    ours = losses.RKD([(5,)], [(5,)])([student], [teacher], None, None)
+    torch.testing.assert_close(ours, bench.defined_rkd([student], [teacher], None, None))
