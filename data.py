@@ -4,9 +4,10 @@
     for images, labels, index in train.batches(seed=0, start=0, stop=train.steps_per_epoch): ...
 
 Batches are (images uint8 [B, 3, size, size], labels int64 [B], index int64 [B]); scaling to [0, 1], mixing
-and each network's normalisation follow on the device. What an image looks like in an epoch depends only on
-(seed, epoch, its id, the repeat): results are the same for any number of workers and, but for streams, of
-processes, and a run can be resumed at any step without saved generator states.
+and each network's normalisation follow on the device. What an image looks like depends only on (seed, epoch,
+repeat, its id), so a run can be resumed at any step without saved generator states. Batches of
+memory-mapped and resident data are the same for any number of workers and processes; which images of a
+stream make a batch depends on both.
 
 A training image that cannot be decoded is skipped, counted and named, up to `data.max_broken`; its place in
 the batch is taken by another crop of a good image of that batch, so that batches keep their sizes and their
@@ -354,9 +355,8 @@ class _MappedBatches(Dataset):
 
     def __getitem__(self, keys):
         numbers = list(dict.fromkeys(number for _, _, number in keys))
-        rows = dict(
-            zip(numbers, _rows(self.rows[numbers]), strict=True)
-        )  # one by one takes three times as long
+        # together: one by one they take three times as long
+        rows = dict(zip(numbers, _rows(self.rows[numbers]), strict=True))
         return self.make([_Crop(epoch, repeat, n, n, rows[n]) for epoch, repeat, n in keys])
 
 
@@ -380,12 +380,8 @@ class _StreamedBatches(IterableDataset):
 
     def __init__(self, loader, seed, start, stop):
         self.data, self.rows, self.shard_lengths = loader.data, loader.split.rows, loader.shard_lengths
-        self.seed, self.rank, self.world, self.per_process = (
-            seed,
-            loader.rank,
-            loader.world,
-            loader.per_process,
-        )
+        self.seed, self.rank, self.world = seed, loader.rank, loader.world
+        self.per_process = loader.per_process
         self.per_epoch = loader.steps_per_epoch * loader.accumulate  # batches
         self.first, self.last = start * loader.accumulate, stop * loader.accumulate
         self.make = _BatchMaker(loader, seed)

@@ -163,9 +163,9 @@ def memory_format_for(model):
     convolutions with a stride and few input channels (seen with 4 and 8; 16 and more are used here).
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1):
-            if module.in_channels < 16:
-                return torch.contiguous_format
+        strided = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
+        if strided and module.in_channels < 16:
+            return torch.contiguous_format
     return torch.channels_last
 
 

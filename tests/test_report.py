@@ -1,16 +1,20 @@
-"""tools/report.py: one page of runs and heat maps that needs no network and believes no file."""
+"""tools/report.py: one page of runs and heat maps that needs no network and trusts no file, and its pictures."""
 
+import base64
 import html.parser
 import importlib
+import itertools
 import json
-from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from conftest import ROOT
 
 import recipe
 
-ROOT = Path(__file__).resolve().parent.parent
+SVG = "{http://www.w3.org/2000/svg}"
+PREFIX = "data:image/svg+xml;base64,"
 
 
 @pytest.fixture
@@ -21,44 +25,52 @@ def report(monkeypatch):
 
 def a_run(name, seed, top1, *overrides, **changes):
     """What train.py's write_result leaves of a run, as far as the page reads it."""
-    tree = json.loads(recipe.dump(recipe.load(ROOT / "recipes" / f"{name}.json", [f"seed={seed}", *overrides])))
+    path = ROOT / "recipes" / f"{name}.json"
+    tree = json.loads(recipe.dump(recipe.load(path, [f"seed={seed}", *overrides])))
     names = [student["name"] for student in tree["students"]]
     students = [{"name": n, "last": {"top1": value}} for n, value in zip(names, top1, strict=True)]
     curves = {n: {"step": [10, 20], "loss": [2.5, 1.25 + seed], "soft": [1.0, None]} for n in names}
-    facts = dict(seed=seed, limit=None, steps=20, commit="abc", command=f"train.py recipes/{name}.json", hardware={"cpus": 2})
-    facts["versions"] = {"python": "3"}
-    return facts | dict(recipe=tree, students=students, curves=curves, accuracy={}, teacher={"top1": 72.0}) | changes
+    facts = dict(
+        seed=seed, limit=None, steps=20, commit="abc", hardware={"cpus": 2}, versions={"python": "3"}
+    )
+    facts |= dict(command=f"train.py recipes/{name}.json", recipe=tree, students=students)
+    return facts | dict(curves=curves, accuracy={}, teacher={"top1": 72.0}) | changes
 
 
 def a_map(**changes):
-    names = ["<b>first</b>", "second"]
-    return dict(models=names, layers=[["a", "b"], ["c", "d", "e"]], cka=[[1, 0.5, None], [0, 0.25, 1]], images=8) | changes
+    matrix = [[1, 0.5, None], [0, 0.25, 1]]
+    layers = [["a", "b"], ["c", "d", "e"]]
+    return dict(models=["<b>first</b>", "second"], layers=layers, cka=matrix, images=8) | changes
 
 
 class Page(html.parser.HTMLParser):
-    """The tags of a page, each closed by its own; and its text."""
+    """The tags of a page, each closed by its own; its text; and its images {alternative text: [SVG]}."""
 
     def __init__(self, source):
         super().__init__()
-        self.open, self.tags, self.text, self.titles = [], [], [], []
+        self.open, self.tags, self.text, self.images = [], [], [], {}
         self.feed(source)
         assert not self.open
 
     def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "br"):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag not in ("meta", "br", "img"):
             self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
+        if tag == "img":
+            assert attributes["src"].startswith(PREFIX)
+            image = ElementTree.fromstring(base64.b64decode(attributes["src"].removeprefix(PREFIX)))
+            self.images.setdefault(attributes["alt"], []).append(image)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, words):
         self.text.append(words)
-        if self.open[-1:] == ["title"]:
-            self.titles.append(words)
+
+
+def texts(image):
+    return [node.text for node in image.iter(f"{SVG}text")]
 
 
 def written(report, tmp_path, **files):
@@ -68,63 +80,92 @@ def written(report, tmp_path, **files):
     return (tmp_path / "report.html").read_text()
 
 
+# ---------------------------------------------------------------- the page
+
+
 def test_a_page_has_tables_curves_figures_and_what_made_them(report, tmp_path, capsys):
     runs = [a_run("study_fraction_weak", seed, (60 + seed, 70, 71, 72)) for seed in (0, 1)]
     runs.append(a_run("study_fraction_weak", 0, (50, 60, 63, 64), "data.fraction=0.25"))
     short = a_run("study_fraction_weak", 0, (1, 2, 3, 4), "epochs=2", "schedule.milestones=[1]")
-    bench = {"losses, kd": {"rows": [{"name": "ours", "ms": 1.5}], "commit": "abc"}}  # passed over, as the paper's numbers are
-    files = dict(runs={"runs": runs, "note": "on <two> cores"}, short=short, again=runs[0], map=a_map(), bench=bench)
+    bench = {
+        "losses, kd": {"rows": [{"name": "ours", "ms": 1.5}], "commit": "abc"}
+    }  # passed over, as the paper's numbers are
+    files = dict(
+        runs={"runs": runs, "note": "on <two> cores"}, short=short, again=runs[0], map=a_map(), bench=bench
+    )
     source = written(report, tmp_path, **files, paper={"cells": []}, scale={"points": [], "figure_1": []})
     page = Page(source)
     text = " ".join(page.text)
-    assert "4 finished runs, 1 heat map." in text and "on <two> cores" in text and "4 finished runs" in capsys.readouterr().out
+    assert "4 finished runs, 1 heat map." in text and "on <two> cores" in text
+    assert "4 finished runs" in capsys.readouterr().out
     assert "60.50 ± 0.71" in text and "A reduced schedule: 2 epochs where the recipe has 240." in text
+    assert "Table 1b of the paper" in text and "70.66" in text  # the paper's own number for kd, beside ours
     assert (
-        "Table 1b of the paper, measure cifar-100, lr 0.05, weight_decay 0.0005" in text and "70.66" in text
-    )  # the paper's own number for kd, beside ours
-    assert "train.py recipes/study_fraction_weak.json" in text and "study_fraction_weak: 240 epochs, 25 % of the images" in text
-    assert "seed 1, steps 20" in text and "cpus 2" in text and "python 3" in text
-    assert page.titles.count("Loss") == 3 and "CKA of <b>first</b> and second" in page.titles
-    assert "Top-1 of DKD and DIST minus vanilla KD's" in text
+        "train.py recipes/study_fraction_weak.json" in text
+        and "study_fraction_weak: 240 epochs, 25 % of the images" in text
+    )
+    assert "cpus 2" in text and "python 3" in text
+    assert len(page.images["Loss"]) == 3 and "CKA of <b>first</b> and second" in page.images
+    assert {"alone", "kd", "dkd", "dist", "step", "Loss"} <= set(texts(page.images["Loss"][0]))
+    assert any(title.startswith("Top-1 of DKD and DIST minus vanilla KD's") for title in page.images)
 
 
 def test_a_page_needs_nothing_else_and_runs_nothing(report, tmp_path):
-    evil = "<script>alert(1)</script>"
-    run = a_run("study_fraction_weak", 0, (1, 2, 3, 4), command=evil, commit=evil, hardware={evil: evil}, versions=[evil])
+    evil = "<script>alert(1)</script>\x1b$\\frac$\ud800"
+    run = a_run(
+        "study_fraction_weak",
+        0,
+        (1, 2, 3, 4),
+        command=evil,
+        commit=evil,
+        hardware={evil: evil},
+        versions=[evil],
+    )
     run["recipe"]["about"] = evil
     for student, own in zip(run["students"], run["recipe"]["students"], strict=True):
-        student["name"] = own["name"] = evil
+        student["name"] = own["name"] = own["model"] = evil
     run["curves"] = {evil: {"step": [1, 2], "loss": [1, 2]}}
     run |= dict(seconds=evil, steps=evil, precision=evil)
     heat = a_map(models=[evil, evil], data=evil, images=evil, command=evil, layers=[[evil] * 2, [evil] * 3])
     source = written(report, tmp_path, run={"runs": [run], "note": evil}, map=heat)
     page = Page(source)
-    assert "alert(1)" in " ".join(page.text) and "http" not in source.replace("http://www.w3.org/2000/svg", "")
+    assert "alert(1)" in " ".join(page.text) and "://" not in source
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "img", "iframe", "object", "embed")
-        assert attributes.get("href", "#").startswith("#") and not {"src", "onload", "onclick"} & attributes.keys()
+        assert tag not in ("script", "link", "iframe", "object", "embed", "svg")
+        assert attributes.get("href", "#").startswith("#") and not {"onload", "onclick"} & attributes.keys()
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in page.tags
+    images = [image for group in page.images.values() for image in group]
+    assert len(images) == 2 and "<script>alert(1)</s…" in texts(images[1])
+    for node in (node for image in images for node in image.iter()):
+        assert node.tag != f"{SVG}script"
 
 
-def test_a_heat_map_is_an_image_of_its_own(report):
-    drawn = ElementTree.fromstring(report.heat_map(a_map()))
-    cells = drawn.find("{*}svg")
-    assert cells.get("viewBox") == "0 0 3 2"
-    found = {path.get("fill"): path.get("d") for path in cells}
-    assert drawn.find("{*}title").text == "CKA of <b>first</b> and second"
-    assert found["#fcfdbf"] == "M0 1h1v1h-1zM2 0h1v1h-1z"  # 1: the first model's layers go up, the second's to the right
-    assert found["#000004"] == "M0 0h1v1h-1z" and found["#888888"] == "M2 1h1v1h-1z"
+def test_every_file_of_results_is_read(report):
+    """Also records from before a key existed, benchmarks, and what removed tools wrote."""
+    results = report.read(sorted((ROOT / "results").glob("*.json")))
+    assert len(results.runs) >= 15 and len(results.maps) >= 2
+    assert len(results.complete) == len(results.runs)
+    options = [record["recipe"]["data"].keys() & {"rand_augment_on"} for _, record in results.runs]
+    assert not any(options)  # removed options are dropped
 
 
 @pytest.mark.parametrize(
     ("tree", "said"),
     [
-        ([], "expected a run's result (students, recipe), several under 'runs', or a heat map of tools/cka.py, found list"),
+        (
+            [],
+            "expected a run's result (students, recipe), several under 'runs', or a heat map of tools/cka.py, found list",
+        ),
         ({"cells": []}, "found none"),
         ({"epochs": 3}, "found the keys epochs"),
         (a_map(layers=[["a"], ["c", "d", "e"]]), "a row of cka for each layer"),
         (a_map(cka=[[1, 0.5, None], [0, 0.25, "1"]]), 'expected a number, found "1"'),
         (a_map(cka=3), "expected a heat map as tools/cka.py writes it"),
-        ({"students": [{"name": "kd"}], "recipe": {"students": []}}, "expected a result as train.py writes it"),
+        (
+            {"students": [{"name": "kd"}], "recipe": {"students": []}},
+            "expected a result as train.py writes it",
+        ),
         ({"runs": [{"students": None}]}, "expected a result as train.py writes it"),
         (a_run("study_fraction_weak", 0, [True] * 4), "expected a number, found true"),
         (a_run("study_fraction_weak", 0, [1] * 4) | {"seed": "0"}, 'expected a number, found "0"'),
@@ -139,4 +180,173 @@ def test_a_file_that_is_no_result_is_an_error(tree, said, report, tmp_path, caps
     with pytest.raises(SystemExit) as stop:
         written(report, tmp_path, broken=tree)
     told = capsys.readouterr().err
-    assert stop.value.code == 2 and said in told and "broken.json" in told and not (tmp_path / "report.html").exists()
+    assert (
+        stop.value.code == 2
+        and said in told
+        and "broken.json" in told
+        and not (tmp_path / "report.html").exists()
+    )
+
+
+# ---------------------------------------------------------------- figures
+
+
+def pixels(figure):
+    """The drawn figure [height, width, 3], the first row at the bottom, as in matplotlib's coordinates."""
+    canvas = importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[::-1, :, :3]
+
+
+def test_a_heat_map_has_the_first_models_layers_upwards(report):
+    figure = report.heat_map(a_map())
+    drawn, axes = pixels(figure), figure.axes[0]
+    found = {}
+    for row in range(2):
+        for column in range(3):
+            x, y = axes.transData.transform((column, row)).round().astype(int)
+            found[row, column] = "#" + bytes(drawn[y, x].tolist()).hex()
+    assert found[0, 0] == found[1, 2] == "#fcfdbf"  # 1 in magma
+    assert found[1, 0] == "#000004" and found[0, 2] == "#888888"  # 0, and a layer without a similarity
+    assert axes.get_ylabel() == "layers of <b>first</b>" and axes.get_xlabel() == "layers of second"
+    image = ElementTree.fromstring(report.svg(figure, "CKA of <b>first</b>"))
+    assert image.find(f"{SVG}title").text == "CKA of <b>first</b>"
+
+
+def test_seeds_are_a_mean_with_a_band(report):
+    curves = {"kd": [[(1, 10.0), (2, 20.0)], [(1, 20.0), (2, 40.0)]], "alone": [[(1, 5.0), (2, 6.0)]]}
+    axes = report.chart("Top-1", curves, "epoch", teacher=50.0).axes[0]
+    mean, alone, teacher = (line.get_ydata() for line in axes.lines)
+    assert list(mean) == [15, 30] and list(alone) == [5, 6] and list(teacher) == [50, 50]
+    (band,) = axes.collections
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.round(3).tolist()}
+    assert {
+        (1, 7.929),
+        (1, 22.071),
+        (2, 15.858),
+        (2, 44.142),
+    } <= corners  # plus and minus 5 and 10 times sqrt(2)
+    assert [text.get_text() for text in axes.texts] == ["alone", "kd", "teacher"]
+    apart = [[(1, 10.0), (2, 20.0)], [(1, 20.0), (3, 40.0)]]  # not of the same steps: no mean
+    axes = report.chart("Top-1", {"kd": apart}, "epoch").axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[10, 20], [20, 40]] and not axes.collections
+
+
+def test_names_at_the_ends_of_close_lines_do_not_overlap(report):
+    figure = report.chart("Loss", {f"s{i}": [[(1, 0), (2, 10 if i else 0)]] for i in range(5)}, "step")
+    pixels(figure)
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert len(boxes) == 5 and all(a.y1 <= b.y0 for a, b in itertools.pairwise(boxes))
+    assert boxes[-1].y1 < figure.bbox.height
+
+
+def test_the_picture_of_accuracies(report, tmp_path, capsys):
+    accuracy = {
+        "kd": {"epoch": [1.0, 2.0], "top1": [50.0, 60.0]},
+        "dist": {"epoch": [1.0, 2.0], "top1": [40.0, 70.0]},
+    }
+    runs = [a_run("prev_cifar_res20_res56", seed, (60, 61, 62), accuracy=accuracy) for seed in (0, 1)]
+    (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
+    out = tmp_path / "curves.svg"
+    report.main(["curves", str(tmp_path / "runs.json"), "--out", str(out)])
+    image = ElementTree.parse(out)
+    assert {"kd", "dist", "teacher", "epoch"} <= set(texts(image))
+    title = "Top-1 accuracy, %: mean and standard deviation over 2 seeds"
+    assert title in texts(image) and image.find(f"{SVG}title").text == title
+    first = out.read_text()
+    report.main(["curves", str(tmp_path / "runs.json"), "--out", str(out)])
+    assert out.read_text() == first  # the same picture is the same file
+    (tmp_path / "runs.json").write_text(json.dumps(a_run("prev_cifar_res20_res56", 0, (60, 61, 62))))
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["curves", str(tmp_path / "runs.json"), "--out", str(tmp_path / "none.svg")])
+    assert (
+        "set evaluate_every of its recipe" in capsys.readouterr().err and not (tmp_path / "none.svg").exists()
+    )
+
+
+# ---------------------------------------------------------------- the data-scale study
+
+
+def study_run(augmentation, fraction, seed, top1, *overrides):
+    return a_run(f"study_fraction_{augmentation}", seed, top1, f"data.fraction={fraction}", *overrides)
+
+
+def drawn_scale(report, tmp_path, *options):
+    """{(augmentation, epochs, share, method): point}, the paper's bars and the picture of the runs in a folder."""
+    files = map(str, sorted(tmp_path.glob("runs*.json")))
+    report.main(["scale", *files, "--out", str(tmp_path / "f.svg"), *options])
+    tree = json.loads((tmp_path / "f.json").read_text())
+    points = {(p["augmentation"], p["epochs"], p["fraction"], p["method"]): p for p in tree["points"]}
+    return points, tree["figure_1"], ElementTree.parse(tmp_path / "f.svg")
+
+
+def test_the_figure_has_gaps_of_equal_seeds(report, tmp_path, capsys):
+    short = ("epochs=24", "schedule.milestones=[15,18,21]")
+    runs = [study_run("weak", 0.1, seed, (50, 55 + seed, 56 + 2 * seed, 54), *short) for seed in (0, 1)]
+    runs += [
+        study_run("weak", 1.0, 0, (69, 70.5, 72, 71), *short),
+        study_run("strong", 1.0, 0, (68, 70, 71, 72.5)),
+    ]
+    runs.append(study_run("weak", 0.1, 2, (1, 2, 3, 4), *short, "data.hflip=0.0"))  # another experiment
+    alone = study_run("weak", 0.25, 0, (50, 1, 60, 60))
+    alone["students"], alone["recipe"]["students"] = (
+        alone["students"][2:],
+        alone["recipe"]["students"][2:],
+    )  # no kd, no gap
+    trial = study_run("weak", 0.5, 0, (50, 1, 60, 60)) | {"limit": 5}
+    (tmp_path / "runs.json").write_text(json.dumps({"runs": [*runs, alone, trial]}))
+    points, bars, image = drawn_scale(report, tmp_path)
+    weak = points["weak", "24 of 240 epochs", 0.1, "dkd"]
+    assert (weak["mean"], weak["gaps"], weak["teacher"]) == (1.5, {"0": 1.0, "1": 2.0}, [72.0])
+    assert weak["spread"] == pytest.approx(0.5**0.5)
+    assert points["weak", "24 of 240 epochs", 0.1, "dist"]["gaps"] == {"0": -1.0, "1": -2.0}
+    assert points["strong", "240 epochs", 1.0, "dist"]["mean"] == 2.5 and len(points) == 6
+    assert {(b["dataset"], b["method"]): b["mean"] for b in bars}["cifar-100", "dist"] == 2.17
+    assert {"dkd, weak, 24 ep.", "dist, strong, 240 ep.", "2.17", "-0.46", "10 %", "100 %"} <= set(
+        texts(image)
+    )
+    told = capsys.readouterr().out
+    assert "weak 24 of 240 epochs fraction 0.1: dkd - kd = +1.50 ± 0.71, seeds 2" in told
+
+    equal_steps = ("epochs=48", "schedule.milestones=[30,36,42]")
+    run = study_run("weak", 0.5, 0, (50, 60, 61, 62), *equal_steps)
+    (tmp_path / "runs_half.json").write_text(json.dumps(run))
+    points, _, _ = drawn_scale(report, tmp_path, "--along", "steps")
+    found = [
+        (line, share, p["mean"])
+        for (data, line, share, method), p in points.items()
+        if (data, method) == ("weak", "dkd")
+    ]
+    assert found == [
+        ("steps of 2 of 240 epochs", 0.1, 1.5),
+        ("steps of 24 of 240 epochs", 0.5, 1),
+        ("steps of 24 of 240 epochs", 1.0, 1.5),
+    ]
+
+
+def test_the_points_are_drawn_where_they_are(report):
+    gap = dict(augmentation="weak", epochs="240 epochs", spread=None, gaps={}, teacher=[])
+    points = [
+        gap | dict(fraction=share, method="dkd", mean=mean) for share, mean in ((0.1, 1.0), (1.0, -2.0))
+    ]
+    points.append(gap | dict(fraction=1.0, method="dist", mean=3.0, spread=0.5))
+    left, right = report.scale_figure(points).axes
+    lines = {tuple(line.get_ydata()) for line in left.lines}
+    assert {(1.0, -2.0), (3.0,)} <= lines and left.get_ylim() == right.get_ylim()
+    assert (2.5,) in lines and (3.5,) in lines  # the ends of the error bar
+    assert sorted(round(bar.get_height(), 2) for bar in right.patches)[::7] == [-0.46, 2.17]
+
+
+def test_no_run_of_the_study_is_an_error(report, tmp_path, capsys):
+    (tmp_path / "runs.json").write_text(json.dumps(a_run("prev_cifar_res20_scratch", 0, [60], teacher=None)))
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["scale", str(tmp_path / "runs.json"), "--out", str(tmp_path / "g.svg")])
+    assert "no finished run of recipes/study_fraction_weak.json" in capsys.readouterr().err
+    assert not (tmp_path / "g.svg").exists()
+
+
+def test_the_points_that_are_kept_are_those_of_the_records(report, tmp_path):
+    files = map(str, sorted((ROOT / "results").glob("cifar100_*.json")))
+    report.main(["scale", *files, "--out", str(tmp_path / "scale.svg"), "--along", "steps"])
+    kept = (ROOT / "results" / "scale.json").read_text()
+    assert json.loads((tmp_path / "scale.json").read_text()) == json.loads(kept)

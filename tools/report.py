@@ -23,7 +23,6 @@ import html
 import io
 import itertools
 import json
-import math
 import re
 import statistics
 import sys
@@ -34,6 +33,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from pandas.io.formats.style import Styler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,6 +226,9 @@ def chart(title, curves, x_label, size=(3.6, 2.3), teacher=None):
     values = [y for seeds in curves.values() for curve in seeds for _, y in curve]
     if min(values) > 0 and max(values) / min(values) > 50:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     axes.margins(x=0.01)
     axes.set_title(title, loc="left", fontsize="medium")
     axes.set_xlabel(x_label)
@@ -236,13 +239,16 @@ def chart(title, curves, x_label, size=(3.6, 2.3), teacher=None):
 def label_ends(axes, ends):
     """Write names beside the right ends of lines [(y, name, colour)], moved apart where they overlap."""
     axes.set_ylim(axes.get_ylim())  # later changes would separate the names from their lines
-    right, free = axes.get_xlim()[1], -math.inf
-    line_height = 12 / (72 * axes.figure.get_figheight())  # 12 points, as a share of less than the figure
-    for y, name, colour in sorted(ends):
-        _, height = axes.transAxes.inverted().transform(axes.transData.transform((right, y)))
-        free = max(height, free)
-        axes.text(1.02, free, printable(name, 20), color=colour, va="center", transform=axes.transAxes)
-        free += line_height
+    ends, to_axes = sorted(ends), axes.transData + axes.transAxes.inverted()
+    heights = [to_axes.transform((axes.get_xlim()[1], y))[1] for y, _, _ in ends]
+    gap = 12 / (72 * axes.figure.get_figheight())  # 12 points
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    heights[-1] = min(heights[-1], 1)
+    for i in reversed(range(len(heights) - 1)):
+        heights[i] = min(heights[i], heights[i + 1] - gap)
+    for height, (_, name, colour) in zip(heights, ends, strict=True):
+        axes.text(1.02, height, printable(name, 20), color=colour, va="center", transform=axes.transAxes)
 
 
 def heat_map(result):
@@ -260,6 +266,10 @@ def heat_map(result):
     axes.set_ylabel(f"layers of {first}")
     figure.colorbar(image, ticks=(0, 0.5, 1))
     return figure
+
+
+def map_title(result):
+    return "CKA of " + " and ".join(result["models"])
 
 
 def scale_figure(points):
@@ -445,14 +455,14 @@ def similarity(maps):
         rows = [[value for value in row if value is not None] for row in result["cka"]]
         mean = statistics.fmean(max(row) for row in rows if row)
         first, second = map(escaped, result["models"])
-        caption = (
-            f"<b>{first}</b> (up) and <b>{second}</b> (right): {escaped(result.get('images'))} images of "
-            f"{escaped(result.get('data'))}; most similar layer of the second for a layer of the first, on "
-            f"average: {mean:.2f}.{made_by(file, result)}"
+        images, data = (escaped(result.get(key, "unknown")) for key in ("images", "data"))
+        caption = f"<b>{first}</b> (up) and <b>{second}</b> (right), images: {images} of {data}. "
+        caption += (
+            f"CKA of a layer of the first and the most similar one of the second: {mean:.2f} on average."
         )
-        pictures.append(picture(heat_map(result), "CKA of " + " and ".join(result["models"]), caption))
+        pictures.append(picture(heat_map(result), map_title(result), caption + made_by(file, result)))
     about = (
-        "Minibatch linear CKA between all layers, 0 to 1; grey: a layer with equal features for all images."
+        "Minibatch linear CKA between all layers, 0 to 1; grey: a layer with equal features of all images."
     )
     return f'<p>{about}</p><div class="charts">{"".join(pictures)}</div>'
 
@@ -482,31 +492,26 @@ def experiment(runs):
         rows.append(dict.fromkeys(rows[0]) | teacher | {"top-1 %": f"{first['teacher']['top1']:.2f}"})
     charts = []
     for part, x, y, title in CURVES:
-        if curves := curves_of(records, part, x, y):
+        curves = curves_of(records, part, x, y)
+        if any(len(curve) > 1 for seeds in curves.values() for curve in seeds):
             charts.append(picture(chart(title, curves, x), title))
     heading = f"{name_of(file, first)}: {settings['epochs']:g} epochs"
     share = settings["data"].get("fraction", 1.0)
     if share != 1:
         heading += f", {100 * share:g} % of the images"
-    about = f"<p>{escaped(settings['about'])}</p>" if settings.get("about") else ""
-    parts = [
-        f"<h3>{escaped(heading)}</h3>",
-        warning(file, first),
-        about,
-        table(rows, "Last epoch, test images"),
-    ]
+    parts = [f"<h3>{escaped(heading)}</h3>", warning(file, first)]
+    if settings.get("about"):
+        parts.append(f"<p>{escaped(settings['about'])}</p>")
+    parts.append(table(rows, "Last epoch, test images"))
     parts.append(f'<div class="charts">{"".join(charts)}</div>')
     return "".join([*parts, *itertools.starmap(made_by, runs)])
 
 
 def made_by(file, record):
     """What is needed to make a number again; a list, as commands are too long for a table."""
-    run = {
-        key: record[key] for key in ("seed", "steps", "seconds", "precision") if record.get(key) is not None
-    }
-    facts = {"command": record.get("command"), "commit": record.get("commit"), "run": run, "file": file}
-    facts |= {key: record.get(key) for key in ("hardware", "versions")}
-    lines = [f"<dt>{key}</dt><dd>{escaped(value)}</dd>" for key, value in facts.items() if value]
+    keys = ("command", "commit", "seed", "steps", "seconds", "precision", "hardware", "versions")
+    facts = {"file": file} | {key: record[key] for key in keys if record.get(key) is not None}
+    lines = [f"<dt>{key}</dt><dd>{escaped(value)}</dd>" for key, value in facts.items()]
     return f"<dl>{''.join(lines)}</dl>"
 
 
@@ -532,7 +537,8 @@ def warning(file, record):
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 *{box-sizing:border-box}
-html{background:#fff}body{margin:0 auto;padding:1rem;max-width:76rem;font:16px/1.5 system-ui,sans-serif;color:#1c2128}
+html{background:#fff;color:#1c2128;font:16px/1.5 system-ui,sans-serif}
+body{margin:0 auto;padding:1rem;max-width:76rem}
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin:2.2rem 0 .5rem;border-bottom:1px solid #d5d9df}
 h3{margin:1.6rem 0 .3rem}h1,h2,h3,p,li,dd,figcaption{overflow-wrap:anywhere}
 p,ul{max-width:46rem;margin:.5rem 0}ul{padding-left:1.2rem}
@@ -549,7 +555,7 @@ figure{margin:0;break-inside:avoid}figure img{display:block;width:100%;height:au
 .wide{overflow-x:auto}.wide img{min-width:44rem}
 @media print{
 @page{margin:14mm}
-body{max-width:none;padding:0;font-size:10pt}nav{display:none}.box,.wide{overflow:visible}
+html{font-size:10pt}body{max-width:none;padding:0}nav{display:none}.box,.wide{overflow:visible}
 table{font-size:7.5pt}th,td{min-width:0!important;padding:.15rem .3rem;overflow-wrap:anywhere}
 tr,.warning,dl{break-inside:avoid}dl{font-size:8pt}.wide img{min-width:0}
 h2,h3,caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
@@ -594,16 +600,17 @@ def write(path, text):
 
 
 def write_page(results, args):
+    """All results as one HTML page; this is what happens without a COMMAND."""
     write(args.out, page(results))
     print(f"{args.out}: {count(results)}")
 
 
 def write_scale(results, args):
+    """The data-scale figure, and its points beside it as JSON."""
     points = scale_points(results.complete, args.along)
     if not points:
-        raise recipe.RecipeError(
-            "no finished run of recipes/study_fraction_weak.json or study_fraction_strong.json with kd in it"
-        )
+        studies = "recipes/study_fraction_weak.json or study_fraction_strong.json"
+        raise recipe.RecipeError(f"no finished run of {studies} with kd in it")
     write(args.out, svg(scale_figure(points), scale_title(points)))
     tree = {"points": points, "figure_1": figure_1()}
     write(args.out.with_suffix(".json"), json.dumps(tree, indent=2) + "\n")
@@ -614,46 +621,43 @@ def write_scale(results, args):
 
 
 def write_curves(results, args):
-    """Accuracies of all students over the epochs, several seeds together, and of their teacher."""
+    """Accuracies of the students over the epochs, several seeds together, and of their teacher."""
     curves = curves_of(results.complete, "accuracy", "epoch", "top1")
-    if not curves:
-        raise recipe.RecipeError("no run has accuracies of several epochs: see evaluate_every of its recipe")
+    if not any(len(curve) > 1 for seeds in curves.values() for curve in seeds):
+        hint = "set evaluate_every of its recipe to less than its epochs"
+        raise recipe.RecipeError(f"no run was evaluated after several epochs: {hint}")
     teachers = {record["teacher"]["top1"] for record in results.complete if record.get("teacher")}
     seeds = max(map(len, curves.values()))
-    title = f"Top-1 accuracy, %; mean and standard deviation of {seeds} seeds"
-    figure = chart(title, curves, "epoch", (7, 3.2), min(teachers) if len(teachers) == 1 else None)
-    write(args.out, svg(figure, title))
+    title = "Top-1 accuracy, %" + f": mean and standard deviation over {seeds} seeds" * (seeds > 1)
+    teacher = teachers.pop() if len(teachers) == 1 else None
+    write(args.out, svg(chart(title, curves, "epoch", (7, 3.2), teacher), title))
+
+
+COMMANDS = {
+    "page": (write_page, Path("report.html")),
+    "scale": (write_scale, ROOT / "results" / "scale.svg"),
+    "curves": (write_curves, Path("curves.svg")),
+}
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command")
-    page_help = "all results as one HTML page; this is what happens without a COMMAND"
-    commands_and_files = (
-        ("page", write_page, "report.html", page_help),
-        (
-            "scale",
-            write_scale,
-            ROOT / "results" / "scale.svg",
-            "the data-scale figure, and its points as JSON",
-        ),
-        ("curves", write_curves, "curves.svg", "accuracies over the epochs"),
-    )
-    for name, function, out, about in commands_and_files:
-        command = commands.add_parser(name, help=about, description=about)
-        files = sorted((ROOT / "results").glob("*.json"))
-        what = "JSON files of runs and heat maps (default: results/*.json)"
-        command.add_argument("results", nargs="*", default=files, metavar="RESULTS", help=what)
-        command.add_argument("--out", type=Path, default=Path(out), metavar="FILE", help=f"default: {out}")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    files = sorted((ROOT / "results").glob("*.json"))
+    for name, (function, out) in COMMANDS.items():
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(function=function)
-    common = "what the runs of a line have in common"
+        add, what = command.add_argument, "JSON files of runs and heat maps (default: results/*.json)"
+        add("results", nargs="*", default=files, metavar="RESULTS", help=what)
+        add("--out", type=Path, default=out, metavar="FILE", help=f"default: {out.name}")
+    along = "what the runs of a line have in common (default: epochs)"
     commands.choices["scale"].add_argument(
-        "--along", choices=("epochs", "steps"), default="epochs", help=common
+        "--along", choices=("epochs", "steps"), default="epochs", help=along
     )
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] not in (*commands.choices, "-h", "--help"):
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
         arguments = ["page", *arguments]
     args = parser.parse_args(arguments)
     try:

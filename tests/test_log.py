@@ -1,0 +1,319 @@
+"""log.py: the rows of a run and TensorBoard, the plan before it, the result after it."""
+
+import json
+import re
+import shutil
+import types
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from conftest import (
+    STUDENT,
+    assert_same_run,
+    distilled,
+    exit_code,
+    final_state,
+    forked,
+    rows,
+    run,
+    stopped,
+    write,
+)
+
+import distill
+import launch
+import log
+import models
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_metrics_and_tensorboard_say_the_same(tmp_path, teacher_file):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path, out = write(tmp_path / "r.json", **distilled(teacher_file)), tmp_path / "out"
+    run(path, out, "--limit", 10)
+    run(path, out, "--resume")
+    written = metrics(out)
+    losses = [row for row in written if "loss/kd" in row]
+    assert [row["step"] for row in losses] == [5, 10, 15, 20, 25, 30]
+    assert [row["step"] for row in written if "top1/kd" in row] == [15, 30]
+    columns = (
+        "loss/kd",
+        "hard/kd",
+        "soft/kd",
+        "lr/kd",
+        "loss/alone",
+        "hard/alone",
+        "speed/images_per_second",
+    )
+    assert all(key in losses[0] for key in columns) and "soft/alone" not in losses[0]
+    assert losses[0]["loss/kd"] == pytest.approx(losses[0]["hard/kd"] + losses[0]["soft/kd"], rel=1e-5)
+    assert {"seconds/kd", "seconds/teacher", "seconds/data"} <= losses[0].keys()
+
+    folders = ("run", "kd", "alone")
+    boards = {name: EventAccumulator(str(out / "tensorboard" / name)).Reload() for name in folders}
+    alone = {"train/loss", "train/hard", "train/lr", "train/seconds", "test/top1", "test/top5"}
+    gradients = {"train/gradient_hard", "train/gradient_soft", "train/gradient_ratio"}
+    assert set(boards["alone"].Tags()["scalars"]) == alone
+    assert set(boards["kd"].Tags()["scalars"]) == alone | {"train/soft"} | gradients
+    assert set(boards["run"].Tags()["scalars"]) == set(log.RUN_BOARD)
+    shown = boards["kd"].Scalars("train/loss")
+    assert [e.step for e in shown] == [5, 10, 15, 20, 25, 30]
+    assert [e.value for e in shown] == pytest.approx([row["loss/kd"] for row in losses])
+    # the trial's own last evaluation stays on the board, and only there
+    stopped_at, *rest = boards["kd"].Scalars("test/top1")
+    assert stopped_at.step == 10
+    assert [e.value for e in rest] == pytest.approx([r["top1/kd"] for r in written if "top1/kd" in r])
+
+
+def test_gradient_norms_are_those_of_the_terms(tmp_path, teacher_file):
+    """Against autograd by hand, through the row of a real run: weights and ramp included, nothing for other students."""
+    changes = distilled(teacher_file, epochs=1, log_every=4)
+    cc = {"loss": "cc", "weight": 0.02, "warmup_epochs": 0, "args": {"dim": 8}}
+    bare = dict(STUDENT, name="bare", hard=STUDENT["hard"] | {"weight": 0.0})
+    changes["students"] += [dict(STUDENT, name="cc", soft=cc), bare]
+    seen = []
+    original = distill.Distilled.gradient_norms
+
+    def spied(module, logits, teacher_logits, target, soft_weight):
+        seen.append((logits, teacher_logits, target, soft_weight))
+        return original(module, logits, teacher_logits, target, soft_weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill.Distilled, "gradient_norms", spied)
+        run(write(tmp_path / "r.json", **changes), tmp_path / "out")
+    logged = [row for row in metrics(tmp_path / "out") if any(key.startswith("gradient") for key in row)]
+    assert [row["step"] for row in logged] == [4, 8, 12]  # not the 15th, the rest of an interval
+    assert len(seen) == 9  # kd, dkd, bare: not at other steps, not for students without a term on logits
+    for row in logged:
+        names = {key.split("/")[1] for key in row if key.startswith("gradient")}
+        assert names == {"kd", "dkd", "bare"}
+        assert row["gradient_hard/bare"] == row["gradient_ratio/bare"] == 0
+    for (logits, theirs, target, weight), row in zip(seen[::3], logged, strict=True):
+        p, q = (logits / 4).softmax(1), (theirs / 4).softmax(1)
+        soft = weight * 4 * (p - q) / len(p)  # of kd: T^2 KL, whose gradient is T (p - q)
+        hard = (logits.softmax(1) - torch.nn.functional.one_hot(target, 10)) / len(p)
+        assert row["gradient_hard/kd"] == pytest.approx(hard.norm().item(), rel=1e-5)
+        assert row["gradient_soft/kd"] == pytest.approx(soft.norm().item(), rel=1e-5)
+        assert row["gradient_ratio/kd"] == pytest.approx((hard.norm() / soft.norm()).item(), rel=1e-5)
+    assert [float(weight) for *_, weight in seen[1::3]] == [0.25] * 3  # dkd's ramp
+
+
+def test_looking_at_gradients_changes_nothing(tmp_path, teacher_file, monkeypatch):
+    mixed = dict(data__mixup=0.2, data__drop_last=True, batch_size_per_process=32)  # and accumulated
+    changes = distilled(teacher_file, epochs=1, log_every=1, **mixed)
+    path = write(tmp_path / "r.json", **changes)
+    run(path, tmp_path / "with")
+    monkeypatch.setattr(distill.Student, "log_gradients", lambda student: {})
+    run(path, tmp_path / "without")
+    (tensors, state), (others, other_state) = (
+        final_state(tmp_path / "with"),
+        final_state(tmp_path / "without"),
+    )
+    assert all(torch.equal(tensors[key], others[key]) for key in tensors) and state == other_state
+
+
+def test_rows_that_the_disk_did_not_take_are_written_later(tmp_path, monkeypatch, capsys):
+    """Whole rows, in their order, each once; the result knows them all."""
+    path, refusals = write(tmp_path / "r.json", log_every=2, epochs=1), []
+    original = log.Log.flush
+
+    def full(self):
+        if self.folder.name == "full" and len(refusals) < 3:
+            refusals.append(len(self.unwritten))
+            raise OSError(28, "No space left on device")
+        original(self)
+
+    run(path, tmp_path / "whole")
+    monkeypatch.setattr(log.Log, "flush", full)
+    run(path, tmp_path / "full")
+    assert refusals == [1, 2, 3] and rows(tmp_path / "full") == rows(tmp_path / "whole")
+    assert "metrics.jsonl did not take 3 rows, which are kept for the next time" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's thread ends
+def test_a_removed_tensorboard_folder_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    """A warning; the result is written, and the next seed starts."""
+    path, out = write(tmp_path / "r.json", epochs=1, runs=2, log_every=1), tmp_path / "out"
+    run_in = out / "seed1"
+    original = log.Log.accuracy
+
+    def removing(self, step):
+        if self.folder == run_in:
+            shutil.rmtree(self.folder / "tensorboard")
+        original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log.Log, "accuracy", removing)
+        with pytest.raises(FileNotFoundError):  # of `run`, which looks for one seed's result
+            run(path, out)
+    assert "warning: TensorBoard" in capsys.readouterr().out
+    results = [json.loads((out / name / "result.json").read_text()) for name in ("seed1", "seed2")]
+    assert [(result["seed"], result["steps"]) for result in results] == [(1, 15), (2, 15)]
+    run(write(tmp_path / "one.json", epochs=1, log_every=1), tmp_path / "one")
+    assert_same_run(tmp_path / "one", run_in)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_the_plan_says_what_a_launch_will_cost(tmp_path, capsys):
+    changes = dict(batch_size=32, batch_size_per_process=16, data__repeats=3, data__drop_last=True)
+    run(write(tmp_path / "r.json", epochs=3, **changes), tmp_path / "run", "--limit", "2")
+    plan = capsys.readouterr().out
+    assert "3 epochs of 28 steps, of which this run makes 2 steps" in plan
+    crops = "64 crops of 8 pixels from 22 images read (3 of each)"
+    assert f"data: 898 images of digits, memory-mapped; {crops}" in plan
+    assert "batch: 32 = 1 processes x 16 x 2 accumulated" in plan
+    settings = "sgd lr 0.05, weight decay 0.0005, 1 cross_entropy"
+    assert f"student alone: cifar_resnet8, 2,718 parameters, {settings}" in plan
+    memory = (
+        r"memory a process, about: 0.00 GB of weights, gradients and optimizer, 0.00 GB of activations for 16"
+    )
+    assert re.search(memory, plan)
+
+
+def test_the_estimate_of_activations_is_what_autograd_keeps():
+    network = models.build("cifar_resnet8", classes=10, size=8)
+    kept = log.activation_bytes(network, 8, launch.make_accelerator())
+    stem = 4 * 16 * 8 * 8  # bytes of one map of one image
+    assert 10 * stem < kept < 40 * stem
+    assert not network.model.bn1.running_mean.any()  # the statistics did not move
+
+
+def test_time_and_memory_are_told_per_student(tmp_path, teacher_file, capsys):
+    path, out = write(tmp_path / "r.json", **distilled(teacher_file, epochs=1)), tmp_path / "out"
+    run(path, out, "--limit", 7)
+    result = run(path, out, "--resume")
+    printed = capsys.readouterr().out
+    # each student and all of them, twice
+    assert printed.count("GB of weights, gradients and optimizer") == 2 * 4
+    parts = result["seconds_per_step"]
+    assert set(parts) == {"data", "teacher", "alone", "kd", "dkd"} and all(
+        value > 0 for value in parts.values()
+    )
+    assert sum(parts.values()) <= 1.05 * result["seconds"] / result["steps"] + 0.01
+
+
+# ---------------------------------------------------------------- the result
+
+
+def test_a_result_has_its_curves(tmp_path, teacher_file):
+    path, out = write(tmp_path / "r.json", **distilled(teacher_file, epochs=2, log_every=4)), tmp_path / "out"
+    run(path, out, "--limit", 15)
+    result = run(path, out, "--resume")  # of the whole run
+    with_losses = [row for row in metrics(out) if "loss/kd" in row]
+    terms = ("loss", "hard", "soft", "gradient_hard", "gradient_soft", "gradient_ratio")
+    assert result["curves"]["kd"]["step"] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert list(result["curves"]["kd"]) == ["step", *terms]
+    assert list(result["curves"]["alone"]) == ["step", "loss", "hard"]
+    for term in terms:
+        logged = [row.get(f"{term}/kd") for row in with_losses]
+        assert result["curves"]["kd"][term] == [value and pytest.approx(value, rel=1e-5) for value in logged]
+        assert (logged[-1] is None) == term.startswith("gradient")
+    scores = [pytest.approx(row["top1/dkd"], rel=1e-5) for row in metrics(out) if "top1/dkd" in row]
+    assert result["accuracy"]["dkd"] == {"epoch": [1.0, 2.0], "top1": scores}
+    last = result["students"][2]["last"]["top1"]
+    assert result["accuracy"]["dkd"]["top1"][-1] == pytest.approx(last, rel=1e-5)
+    assert {"recipe", "seed", "commit", "versions", "hardware"} <= set(result) and "best" in result[
+        "students"
+    ][0]
+    assert '"step": [ 4, 8,' in (out / "result.json").read_text()  # a curve is a line
+
+
+def test_a_long_curve_is_thinned_evenly():
+    rows = [{"step": i, "epoch": i / 10, "loss/kd": 1 / (i + 3)} for i in range(2001)]
+    for row in rows[::2]:
+        row["top1/kd"] = row["step"]
+    curve = log.curve(rows, "kd", "step", ("loss", "soft"))
+    assert list(curve) == ["step", "loss"] and len(curve["step"]) == 300
+    assert (curve["step"][0], curve["step"][-1]) == (0, 2000) and set(np.diff(curve["step"])) == {6, 7}
+    assert log.curve(rows, "kd", "epoch", ("top1",))["top1"][-1] == 2000
+    assert log.curve([], "kd", "step", ("loss",)) == {"step": []}
+
+
+def test_a_clock_sums_by_name(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 10.0, 14.0])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(times))
+    clock = log.Clock(torch.device("cpu"))
+    for name in (None, "data", "kd", None, "data"):  # what lies between two steps belongs to nothing
+        clock.mark(name)
+    clock.read()
+    assert clock.window == clock.total == {"data": 5.0, "kd": 2.0}
+    clock.window = {}
+    clock.read()  # nothing twice
+    assert clock.window == {} and clock.total == {"data": 5.0, "kd": 2.0}
+
+
+def test_the_summary_is_the_mean_and_the_spread_of_the_last_epoch():
+    def result(top1, teacher):
+        student = {"name": "kd", "parameters": 5, "last": {"top1": top1, "top5": 90.0, "n": 10}}
+        student["last"]["ema"] = {"top1": top1 + 1, "top5": 90.0, "n": 10}
+        return {"teacher": teacher, "students": [student | {"best": {"top1": 99.0}}]}
+
+    teacher = {"parameters": 7, "top1": 80.0, "top5": 95.0, "n": 10}
+    header, *lines = [
+        line.split() for line in log.summary([result(70.0, teacher), result(72.0, teacher)]).splitlines()
+    ]
+    assert header == ["network", "parameters", "top1", "±", "top5", "±", "seeds", "n"]
+    assert lines[-3:] == [
+        ["teacher", "7", "80.00", "-", "95.00", "-", "1", "10"],
+        ["kd", "5", "71.00", "1.41", "90.00", "0.00", "2", "10"],
+        ["kd-ema", "5", "72.00", "1.41", "90.00", "0.00", "2", "10"],
+    ]
+    assert "teacher" not in log.summary([result(70.0, None)])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    """Where the gradient still was: it is the loss that tells."""
+    changes = dict(students__0__lr=1e30, students__0__clip_grad=None, schedule__warmup_epochs=0)
+    code, message = stopped(capsys, write(tmp_path / "r.json", **changes), tmp_path / "out")
+    assert code == 1 and "student 'alone': the gradient is not finite at step" in message
+
+
+def average_statistics():
+    """In one of two processes: BatchNorm with other statistics in each, and four and three test images."""
+    lead = Accelerator(cpu=True)
+    norm = torch.nn.BatchNorm1d(12)
+    norm.running_mean.fill_(lead.process_index)
+    norm.running_var.fill_(1.0 + 2 * lead.process_index)
+    net = torch.nn.Sequential(torch.nn.Flatten(), norm, torch.nn.Linear(12, 5))
+    student = types.SimpleNamespace(name="a", net=net, ema=None, last=None, best=None)
+    images = torch.zeros(3 + lead.process_index, 3, 2, 2, dtype=torch.uint8)
+    labels = torch.zeros(len(images), dtype=torch.long)
+    fields = dict(students=[student], lead=lead, test_loader=[(images, labels, labels)], limit=None)
+    stand_in = types.SimpleNamespace(**fields, steps_per_epoch=1, write=lambda step, row: None)
+    log.Log.accuracy(stand_in, 1)
+    assert norm.running_mean.eq(0.5).all() and norm.running_var.eq(2.0).all(), norm.running_mean
+    assert student.last["n"] == 7
+
+
+def test_batchnorm_statistics_are_averaged_over_processes_before_evaluation():
+    def launched():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        debug_launcher(average_statistics, num_processes=2)
+
+    assert exit_code(forked(launched)) == 0
+
+
+def test_rows_are_written_by_the_main_process_alone(tmp_path):
+    """The others go through the same calls."""
+    lead = types.SimpleNamespace(is_main_process=False, device=torch.device("cpu"), log=lambda *_, **__: None)
+    loader = types.SimpleNamespace(steps_per_epoch=2, broken={})
+    watched = log.Log(tmp_path, None, lead, [], loader, None, 4)
+    watched.write(1, {"x": 1})
+    assert not watched.unwritten and not watched.path.exists() and watched.last_step() == 0
+    lead.is_main_process = True
+    watched.write(3, {"x": 1})
+    assert watched.last_step() == 3 and watched.rows() == [{"step": 3, "epoch": 1.5, "x": 1}]
