@@ -201,6 +201,7 @@ def prepare(path, overrides, out, options, lead):
                 f"{path}: teacher: expected one of recipe, checkpoint, pretrained; without any it is "
                 "untrained, which only a trial with --limit accepts"
             )
+        torch.manual_seed(settings.seed)  # an untrained teacher is the same on every process
         network = distill.build_teacher(settings.teacher, settings.data)
     students = build_students(settings, network, loader)
     return Prepared(settings, out, loader, test_loader, students, network, teacher, exported)

@@ -1,19 +1,23 @@
 """tools/cka.py: the measure against its formula and its identities, what counts as a layer, and the command."""
 
+import base64
 import gc
 import importlib.util
+import io
 import itertools
 import json
 import math
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from torch import nn
 
-import data
 import models
+import sources
 
 spec = importlib.util.spec_from_file_location("cka", ROOT / "tools" / "cka.py")
 tool = importlib.util.module_from_spec(spec)
@@ -40,8 +44,8 @@ def chain(*modules):
 def by_loops(x, y):
     """HSIC_1 of Song et al. 2012 as the U-statistic that it is: a mean over all quadruples of different images."""
     k, m, n = (x @ x.T).tolist(), (y @ y.T).tolist(), len(x)
-    terms = [k[i][j] * (m[i][j] + m[q][r] - 2 * m[i][q]) for i, j, q, r in itertools.permutations(range(n), 4)]
-    return sum(terms) / len(terms)
+    quadruples = list(itertools.permutations(range(n), 4))
+    return sum(k[i][j] * (m[i][j] + m[q][r] - 2 * m[i][q]) for i, j, q, r in quadruples) / len(quadruples)
 
 
 def direct(pairs):
@@ -53,7 +57,8 @@ def direct(pairs):
         trace, sums, cross = (k @ m).trace(), (one @ k @ one) * (one @ m @ one), one @ k @ m @ one
         return (trace + sums / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross) / (n * (n - 3))
 
-    xy, xx, yy = (sum(hsic(*p) for p in batch) for batch in ([*pairs], [(x, x) for x, _ in pairs], [(y, y) for _, y in pairs]))
+    batches = [*pairs], [(x, x) for x, _ in pairs], [(y, y) for _, y in pairs]
+    xy, xx, yy = (sum(hsic(*p) for p in batch) for batch in batches)
     return (xy / (xx * yy).sqrt()).item()
 
 
@@ -99,7 +104,8 @@ def test_one_for_rotations_and_scales_and_less_for_other_maps():
 
 
 def test_symmetric():
-    x, a, b = features(24, 10), chain(linear(features(6, 10, 1)), nn.ReLU()), chain(linear(features(3, 10, 2)))
+    x = features(24, 10)
+    a, b = chain(linear(features(6, 10, 1)), nn.ReLU()), chain(linear(features(3, 10, 2)))
     there, back = tool.cka(a, b, x.split(8))[2], tool.cka(b, a, x.split(8))[2]
     torch.testing.assert_close(there, back.T, rtol=0, atol=1e-12)
 
@@ -118,7 +124,8 @@ def test_a_constant_layer_is_like_nothing_and_leaves_the_others_alone():
     x, weight = features(32, 10), features(4, 10, 1)
     rounding = linear(torch.full((4, 10), 1e-8), torch.full((4,), 30.0))
     for constant in (linear(torch.zeros(4, 10), torch.full((4,), 3.3)), linear(torch.zeros(4, 10)), rounding):
-        found = tool.cka(chain(linear(weight)), chain(linear(weight), linear(torch.eye(4)), constant_after(constant)), [x])[2]
+        other = chain(linear(weight), linear(torch.eye(4)), constant_after(constant))
+        found = tool.cka(chain(linear(weight)), other, [x])[2]
         assert found[0, :2].tolist() == pytest.approx([1, 1], abs=1e-6) and math.isnan(found[0, 2])
 
 
@@ -146,7 +153,8 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc, self.act, self.drop, self.skip = nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Identity()
+        self.fc, self.act = nn.Linear(6, 6), nn.ReLU(inplace=True)
+        self.drop, self.skip = nn.Dropout(0.5), nn.Identity()
 
     def forward(self, x):
         return self.skip(x) + self.act(self.drop(self.fc(self.act(x.clone()))))
@@ -202,11 +210,11 @@ def test_a_transformer_against_a_cifar_resnet():
     images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     names_a, names_b, found = tool.cka(cnn, vit, images.split(8))
     assert names_a[0] == "conv1" and names_a[-1] == names_b[-1].replace("head", "fc") == "fc"
-    assert names_b[0].startswith("patch_embed") and {"blocks.0", "blocks.1", "blocks.0.attn.qkv", "blocks.1.mlp.act"} <= {
-        *names_b
-    }
+    assert names_b[0].startswith("patch_embed")
+    assert {"blocks.0", "blocks.1", "blocks.0.attn.qkv", "blocks.1.mlp.act"} <= set(names_b)
     assert "blocks.0.attn.q_norm" not in names_b and "" not in names_b  # identities, and the network itself
-    assert found.shape == (len(names_a), len(names_b)) and found.isfinite().all() and found.abs().max() <= 1 + 1e-9
+    assert found.shape == (len(names_a), len(names_b))
+    assert found.isfinite().all() and found.abs().max() <= 1 + 1e-9
     itself = tool.cka(vit, vit, images.split(8))[2]
     torch.testing.assert_close(itself.diagonal(), torch.ones(len(itself), dtype=torch.float64))
 
@@ -229,16 +237,19 @@ def test_the_ways_to_name_a_model(tmp_path):
     torch.save(net.model.state_dict(), tmp_path / "net.pth")
     images = torch.rand(2, 3, 8, 8)
     wanted = net.eval()(images)
-    for name in (tmp_path / "run", tmp_path / "run" / "students" / "kd", f"cifar_resnet8={tmp_path / 'net.pth'}"):
+    run, file = tmp_path / "run", f"cifar_resnet8={tmp_path / 'net.pth'}"
+    for name in (run, run / "students" / "kd", file):
         network, told = tool.load(str(name), section)
         assert torch.equal(network.eval()(images), wanted) and told.startswith("cifar_resnet8")
-    assert told == f"cifar_resnet8={tmp_path / 'net.pth'}" and tool.load(str(tmp_path / "run"), section)[1].endswith("(run/kd)")
+    assert told == file and tool.load(str(run), section)[1].endswith("(run/kd)")
     (one, told), (two, _) = (tool.load("cifar_resnet8", section) for _ in range(2))
     assert told == "cifar_resnet8, random weights" and torch.equal(one.eval()(images), two.eval()(images))
     export(tmp_path / "run", "dkd")
-    with pytest.raises(models.ModelError, match=r"several students: name one of .*students/dkd, .*students/kd"):
-        tool.load(str(tmp_path / "run"), section)
-    with pytest.raises(models.ModelError, match="resnet999: expected an exported student, a run's folder, a timm name"):
+    several = r"several students: name one of .*students/dkd, .*students/kd"
+    with pytest.raises(models.ModelError, match=several):
+        tool.load(str(run), section)
+    unknown = "resnet999: expected an exported student, a run's folder, a timm name"
+    with pytest.raises(models.ModelError, match=unknown):
         tool.load("resnet999", section)
 
 
@@ -249,12 +260,26 @@ def test_a_network_of_another_size_resizes_for_itself(tmp_path):
     assert network.size == 8 and network(images).shape == (2, 10)
 
 
+def test_which_images(tmp_path):
+    """Those of --recipe, else of the run that trained model A, else of --data in model A's way; never streamed."""
+    export(tmp_path / "run")
+    student = tmp_path / "run" / "students" / "kd"
+    (tmp_path / "run" / "recipe.json").write_text((ROOT / "recipes" / "quickstart.json").read_text())
+    imagenet = str(ROOT / "recipes" / "a1_res50_beitb.json")
+    for model, file, source, wanted in (
+        (student, imagenet, None, ("ILSVRC/imagenet-1k", 224, False)),
+        (student, imagenet, "DIR", ("DIR", 224, False)),
+        (student, None, None, ("digits", 8, False)),
+        (tmp_path / "run", None, "DIR", ("DIR", 8, False)),
+        ("cifar_resnet8", None, "digits", ("digits", 32, False)),
+    ):
+        section = tool.section_of(SimpleNamespace(model_a=str(model), recipe=file, data=source))
+        assert (section.source, section.size, section.streaming) == wanted
+
+
 def digits():
-    return type(
-        "Section",
-        (),
-        data.describe("digits") | dict(source="digits", size=8, crop_pct=1.0, interpolation="bilinear", streaming=False),
-    )
+    prepared = dict(source="digits", size=8, crop_pct=1.0, interpolation="bilinear", streaming=False)
+    return type("Section", (), sources.evaluation_fields("digits") | prepared)
 
 
 def test_images_are_drawn_once_each_in_whole_batches_the_same_every_time():
@@ -263,7 +288,9 @@ def test_images_are_drawn_once_each_in_whole_batches_the_same_every_time():
     assert ids[0] == ids[1] and [len(batch) for batch in ids[0]] == [32, 32, 32]
     flat = list(itertools.chain(*ids[0]))
     assert len(set(flat)) == 96 and flat != sorted(flat)
-    with pytest.raises(data.DataError, match="digits: 20 images do not fill one batch of 32: lower --batch"):
+    with pytest.raises(
+        sources.DataError, match="digits: 20 images do not fill one batch of 32: lower --batch"
+    ):
         tool.image_loader(digits(), 20, 32, 0)
 
 
@@ -275,29 +302,32 @@ def test_the_command_writes_the_matrix_and_its_picture(tmp_path, capsys):
     tool.main([*names, *options, "--out", str(out)])
     result = json.loads(out.with_suffix(".json").read_text())
     assert result["models"] == ["cifar_resnet8 (teacher/scratch)", "cifar_resnet20 (run/kd)"]
-    assert {"commit", "versions", "hardware", "precision"} <= set(result) and (result["images"], result["batch"]) == (64, 32)
-    assert result["command"].startswith("tools/cka.py ") and result["data"] == "digits" and result["split"] == "test"
-    batches = (tool.evaluate.to_float(pixels, "cpu") for pixels, _, _ in tool.image_loader(digits(), 64, 32, 0))
+    assert {"commit", "versions", "hardware", "precision"} <= set(result)
+    assert (result["images"], result["batch"], result["split"]) == (64, 32, "test")
+    assert result["command"].startswith("tools/cka.py ") and result["data"] == "digits"
+    loader = tool.image_loader(digits(), 64, 32, 0)
+    batches = (tool.evaluate.to_float(pixels, "cpu") for pixels, _, _ in loader)
     names_a, names_b, wanted = tool.cka(a, b, batches)
     assert result["layers"] == [names_a, names_b]
     assert f"{len(names_a)} x {len(names_b)} layers, 64 images" in capsys.readouterr().out
     torch.testing.assert_close(torch.tensor(result["cka"], dtype=torch.float64), wanted, rtol=0, atol=1e-4)
     picture = ET.parse(out.with_suffix(".svg")).getroot()
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
-    assert "var(" not in out.with_suffix(".svg").read_text()  # not every viewer knows them
-    cells = sum(painted(path) for path in picture.iter("{http://www.w3.org/2000/svg}path") if path.get("fill"))
-    assert cells == len(names_a) * len(names_b)
-
-
-def painted(path):
-    return sum(int(step.split("h")[1].split("v")[0]) for step in path.get("d").split("M")[1:])
+    images = picture.iter("{http://www.w3.org/2000/svg}image")
+    links = [image.get("{http://www.w3.org/1999/xlink}href") for image in images]
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2]))) for link in links]
+    assert (len(names_b), len(names_a)) in [image.size for image in pictures]  # a pixel for a pair of layers
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["cifar_resnet8", "nope", "--data", "digits"], "error: nope: expected an exported student"),
-        (["cifar_resnet8", "cifar_resnet8"], "cifar_resnet8: nothing says which images to use: name a --recipe, or --data"),
+        (
+            ["cifar_resnet8", "cifar_resnet8"],
+            "cifar_resnet8: nothing says which images to use: name a --recipe, or --data",
+        ),
         (["cifar_resnet8", "cifar_resnet8", "--recipe", "none.json"], "none.json: cannot be read"),
     ],
 )

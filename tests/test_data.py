@@ -755,11 +755,13 @@ def test_workers_serve_on_when_the_group_is_told_to_stop(tmp_path, impatient):
 
 def test_workers_end_when_the_trainer_is_killed(tmp_path, impatient):
     made, log = loader(workers=2), tmp_path / "log"
+    others = {process.pid for process in multiprocessing.active_children()}  # of earlier tests
 
     def trainer():
         batches = made.batches(1, 0, 1000)
         next(batches)
-        log.write_text(" ".join(str(process.pid) for process in multiprocessing.active_children()) + "\n")
+        workers = {process.pid for process in multiprocessing.active_children()} - others
+        log.write_text(" ".join(map(str, workers)) + "\n")
         time.sleep(1000)
 
     pid = forked(trainer)
@@ -934,7 +936,8 @@ def test_broken_images_are_those_of_the_other_loader(repeats, broken_source):
     ours, theirs = (read(made, 0, 4 * made.steps_per_epoch)[0] for made in (resident, single))
     for (_, labels, index), (_, their_labels, their_index) in zip(ours, theirs, strict=True):
         assert torch.equal(labels, their_labels) and torch.equal(index, their_index)
-    assert resident.broken == single.broken and len(single.broken) == 4
+    assert single.broken.items() <= resident.broken.items() and len(resident.broken) == 4
+    assert len(single.broken) == 4 or repeats == 2  # where four epochs do not show every image
     assert equal(ours, read(resident, 0, 4 * resident.steps_per_epoch)[0])
 
 

@@ -68,8 +68,11 @@ def write_parquet(root, files, split="train", names=("ant", "bee"), shards=5, la
             images.append(None if files[i] is None else cell)
         columns = {"image": images, "label": [labels[i] if labels else int(i >= N // 2) for i in part]}
         table = datasets.Dataset.from_dict(columns, features=features)
-        # not to_parquet, which opens the paths
-        pq.write_table(table.data.table, root / f"{split}-{shard:05d}-of-{shards:05d}.parquet")
+        # not to_parquet, which opens the paths; an empty table gets no row group, as from `datasets`
+        path = root / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
+        with pq.ParquetWriter(path, table.data.table.schema) as writer:
+            if part:
+                writer.write_table(table.data.table)
     return root
 
 

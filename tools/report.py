@@ -71,16 +71,17 @@ def read(paths):
     """Results of files; RecipeError where one cannot be used, or none is a result."""
     results, seen = Results([], [], []), set()
     for path in map(str, paths):
-        tree = recipe.read_json(path, paper.MAX_BYTES)
+        text = json.dumps(recipe.read_json(path, paper.MAX_BYTES), ensure_ascii=False)
+        tree = json.loads(text.encode(errors="replace"))  # without halves of surrogate pairs
         keys = set(tree) if isinstance(tree, dict) else set()
         if "cka" in keys:
             results.maps.append((path, check_map(tree, path)))
         elif {"students", "recipe"} <= keys or isinstance(keys and tree.get("runs"), list):
             for record in paper.records_of(tree):
-                text = json.dumps(check_run(record, path), sort_keys=True)
-                if text not in seen:  # the same run may lie in runs/ and in results/
+                key = json.dumps(check_run(record, path), sort_keys=True)
+                if key not in seen:  # the same run may lie in runs/ and in results/
                     results.runs.append((path, record))
-                seen.add(text)
+                seen.add(key)
             if "note" in keys:
                 results.notes.append((path, tree["note"]))
         elif not is_from_another_tool(tree):
@@ -248,7 +249,7 @@ def label_ends(axes, ends):
     for i in reversed(range(len(heights) - 1)):
         heights[i] = min(heights[i], heights[i + 1] - gap)
     for height, (_, name, colour) in zip(heights, ends, strict=True):
-        axes.text(1.02, height, printable(name, 20), color=colour, va="center", transform=axes.transAxes)
+        axes.text(1.02, height, printable(name, 24), color=colour, va="center", transform=axes.transAxes)
 
 
 def heat_map(result):
@@ -595,13 +596,9 @@ def count(results):
 # ---------------------------------------------------------------- command line
 
 
-def write(path, text):
-    path.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair, from a stranger
-
-
 def write_page(results, args):
     """All results as one HTML page; this is what happens without a COMMAND."""
-    write(args.out, page(results))
+    args.out.write_text(page(results), encoding="utf-8")
     print(f"{args.out}: {count(results)}")
 
 
@@ -611,9 +608,9 @@ def write_scale(results, args):
     if not points:
         studies = "recipes/study_fraction_weak.json or study_fraction_strong.json"
         raise recipe.RecipeError(f"no finished run of {studies} with kd in it")
-    write(args.out, svg(scale_figure(points), scale_title(points)))
+    args.out.write_text(svg(scale_figure(points), scale_title(points)), encoding="utf-8")
     tree = {"points": points, "figure_1": figure_1()}
-    write(args.out.with_suffix(".json"), json.dumps(tree, indent=2) + "\n")
+    args.out.with_suffix(".json").write_text(json.dumps(tree, indent=2) + "\n")
     for p in points:
         gap = f"{p['mean']:+.2f}" + (f" ± {p['spread']:.2f}" if p["spread"] is not None else "")
         line = f"{p['augmentation']} {p['epochs']} fraction {p['fraction']:g}: {p['method']} - kd = {gap}"
@@ -630,7 +627,7 @@ def write_curves(results, args):
     seeds = max(map(len, curves.values()))
     title = "Top-1 accuracy, %" + f": mean and standard deviation over {seeds} seeds" * (seeds > 1)
     teacher = teachers.pop() if len(teachers) == 1 else None
-    write(args.out, svg(chart(title, curves, "epoch", (7, 3.2), teacher), title))
+    args.out.write_text(svg(chart(title, curves, "epoch", (7, 3.2), teacher), title), encoding="utf-8")
 
 
 COMMANDS = {
