@@ -16,14 +16,12 @@ fewer images would not be comparable.
 """
 
 import atexit
-import contextlib
 import functools
 import itertools
 import multiprocessing
 import random
 import re
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +31,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 import augment
+import resident
 import sources
 from augment import BrokenImage, seed_of
 from sources import DataError
 
 READ_ROWS = 32  # at once, of a stream
-REASONS_SHOWN = 20  # of broken images in an error message
 
 
 class TrainLoader:
@@ -82,7 +80,7 @@ class TrainLoader:
         self.steps_per_epoch = self._steps_per_epoch()
         self.resident = None
         if data.resident:
-            self.resident = Resident(self.split, data, torch.device(device))
+            self.resident = resident.Resident(self.split, data, torch.device(device))
             self._count(self.resident.broken)
 
     def _shard_lengths(self):
@@ -142,7 +140,8 @@ class TrainLoader:
         """
         if self.resident:
             self._count(self.resident.broken)
-            return _resident_batches(self, seed, start, stop)
+            order = _order(self, seed, start, stop)
+            return resident.batches(self.resident, self.data, order, seed)
         if self.data.streaming:
             dataset, order = _StreamedBatches(self, seed, start, stop), None
         else:
@@ -175,17 +174,12 @@ class TrainLoader:
         self.broken.update(broken)
         allowed = max(1, int(data.max_broken * self.size)) if data.max_broken else 0
         if broken and len(self.broken) > allowed:
-            reasons = _first_lines(list(self.broken.values()))
+            reasons = sources.first_lines(list(self.broken.values()))
             raise DataError(
                 f"{data.source}, {data.train_split}: {len(self.broken)} of {self.size} images are broken "
                 f"so far, the recipe's data.max_broken {data.max_broken} allows {allowed}: repair or remove "
                 f"them, or allow more with --set data.max_broken=SHARE\n{reasons}"
             )
-
-
-def _first_lines(lines):
-    more = [f"and {len(lines) - REASONS_SHOWN} more"] if len(lines) > REASONS_SHOWN else []
-    return "\n".join(lines[:REASONS_SHOWN] + more)
 
 
 # ---------------------------------------------------------------- worker processes
@@ -277,7 +271,7 @@ class _BatchMaker:
 
         good = [place for place, sample in enumerate(samples) if sample]
         if not good:
-            raise _nothing_decoded(self.data.source, len(crops), broken)
+            raise sources.nothing_decoded(self.data.source, len(crops), broken)
         for place in range(len(crops)):
             if samples[place] is None:
                 following = crops[min(good, key=lambda g, place=place: (g - place) % len(crops))]
@@ -289,23 +283,9 @@ class _BatchMaker:
         """[(image, label, id)] of crops of one image."""
         image = sources.encoded(crops[0].row, crops[0].id, self.data, self.split)
         seeds = [seed_of(self.seed, crop.epoch, crop.id, crop.repeat) for crop in crops]
-        with _named(image):
+        with sources.named(image):
             views = list(self.views(image.content, seeds))
         return [(view, image.label, crop.id) for view, crop in zip(views, crops, strict=True)]
-
-
-@contextlib.contextmanager
-def _named(image):
-    """Errors about one image say which."""
-    try:
-        yield
-    except DataError as error:
-        raise type(error)(f"{image.name}: {error}") from error.__cause__
-
-
-def _nothing_decoded(source, n, broken):
-    reasons = _first_lines(list(broken.values()))
-    return DataError(f"{source}: none of the {n} images of a batch can be decoded\n{reasons}")
 
 
 def _stacked(views):
@@ -313,12 +293,6 @@ def _stacked(views):
     if views[0].stride(0) != 1:
         return default_collate(views)
     return default_collate([view.permute(1, 2, 0) for view in views]).permute(0, 3, 1, 2)
-
-
-def _rows(columns):
-    """{column: values} -> {column: value} for each row."""
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values, strict=True))
 
 
 # ---------------------------------------------------------------- memory-mapped data
@@ -356,7 +330,7 @@ class _MappedBatches(Dataset):
     def __getitem__(self, keys):
         numbers = list(dict.fromkeys(number for _, _, number in keys))
         # together: one by one they take three times as long
-        rows = dict(zip(numbers, _rows(self.rows[numbers]), strict=True))
+        rows = dict(zip(numbers, sources.rows_of(self.rows[numbers]), strict=True))
         return self.make([_Crop(epoch, repeat, n, n, rows[n]) for epoch, repeat, n in keys])
 
 
@@ -443,7 +417,7 @@ class _StreamedBatches(IterableDataset):
         """(number, row): the number is another for each row of the split, and the same in every epoch."""
         # .iter, because __iter__ in a worker process would divide this one shard among the workers again
         batches = self.rows.shard(self.rows.num_shards, shard).iter(batch_size=READ_ROWS)
-        rows = itertools.chain.from_iterable(map(_rows, batches))
+        rows = itertools.chain.from_iterable(map(sources.rows_of, batches))
         return enumerate(rows, start=shard << 32)
 
     def _crops(self, rows, epoch):
@@ -470,116 +444,6 @@ def _shuffled(rows, size, chance):
     yield from buffer
 
 
-# ---------------------------------------------------------------- a resident set
-
-
-class Resident:
-    """A split's images, padded, as one tensor on a device: uint8 [N, 3, size + 2 padding, size + 2 padding].
-
-    A crop of an image is one of its `views`: view = 2 * (y * (2 padding + 1) + x) + flipped, for a crop at
-    (y, x) of the padded image; view `whole` is the image itself. Decoded once. A broken image stays black,
-    is in `broken` ({row number: reason}), and no batch shows it.
-    """
-
-    def __init__(self, split, data, device):
-        padding = data.crop.padding
-        n, side = len(split.rows), data.size + 2 * padding
-        inside = slice(padding, padding + data.size)
-        self.size, self.device, self.broken = data.size, device, {}
-        self.views, self.whole = 2 * (2 * padding + 1) ** 2, 2 * padding * (2 * padding + 2)
-        try:
-            images = torch.zeros(n, 3, side, side, dtype=torch.uint8)
-            labels = torch.zeros(n, dtype=torch.int64)
-            for i, decoded in enumerate(_decoded(split, data)):
-                if isinstance(decoded, BrokenImage):
-                    self.broken[i] = str(decoded)
-                    continue
-                pixels, labels[i] = decoded
-                images[i, :, inside, inside] = torch.from_numpy(pixels)
-            self.images, self.labels = images.to(device), labels.to(device)
-        except RuntimeError as error:  # no memory, on a GPU and on a CPU
-            raise DataError(
-                f"{data.source}: its {n:,} images do not fit into the memory of {device} "
-                f"({3 * n * side**2 / 1e9:.2f} GB): set data.resident to false"
-            ) from error
-
-    def crops(self, index, view):
-        """uint8 [B, 3, size, size]: view int64 [B] of images index int64 [B], both on the device."""
-        # windows[i, y, x]: the crop at (y, x) of image i, without a copy
-        windows = self.images.unfold(2, self.size, 1).unfold(3, self.size, 1).permute(0, 2, 3, 1, 4, 5)
-        position = view // 2
-        images = windows[index, position // windows.shape[2], position % windows.shape[2]]
-        return torch.where((view % 2 == 1).view(-1, 1, 1, 1), images.flip(3), images)
-
-
-def _decoded(split, data):
-    """(uint8 [3, size, size], class id) of every row in order, or its BrokenImage.
-
-    In threads: PIL decodes without Python's lock.
-    """
-
-    def decoded(index, row):
-        image = sources.encoded(row, index, data, split)
-        try:
-            with _named(image):
-                pixels = np.array(augment.decode(image.content))
-        except BrokenImage as error:
-            return error
-        height, width, _ = pixels.shape
-        if (width, height) != (data.size, data.size):
-            raise DataError(
-                f"{data.source}: image {index}: {width}x{height} pixels; data.resident needs "
-                f"{data.size}x{data.size}: set data.resident to false, and data.crop to 'resized' for other "
-                "sizes"
-            )
-        return pixels.transpose(2, 0, 1), image.label
-
-    rows = itertools.chain.from_iterable(map(_rows, split.rows.iter(1000)))
-    with ThreadPoolExecutor() as pool:
-        yield from pool.map(decoded, itertools.count(), rows)
-
-
-def _resident_batches(loader, seed, start, stop):
-    resident = loader.resident
-    for drawn in _drawn_views(loader, seed, start, stop):
-        index, view = torch.from_numpy(drawn).to(resident.device, non_blocking=True)
-        yield resident.crops(index, view), resident.labels[index], index
-
-
-def _drawn_views(loader, seed, start, stop):
-    """int64 [2, B] for each batch: the images' row numbers and the views of them."""
-    resident, data = loader.resident, loader.data
-
-    @functools.lru_cache(maxsize=data.repeats + 1)
-    def views(epoch, repeat):
-        """Of all images."""
-        # not [seed, epoch, repeat]: numpy ignores zeros at the end, and [seed, epoch] draws the order
-        chance = np.random.default_rng([seed, epoch, 1 + repeat])
-        positions = chance.integers(resident.views // 2, size=loader.size)
-        return 2 * positions + (chance.random(loader.size) < data.hflip)
-
-    for keys in _order(loader, seed, start, stop):
-        epochs, repeats, index = np.array(keys).T
-        if resident.broken:
-            repeats, index = _without_broken(resident.broken, repeats, index, data)
-        view = np.empty_like(index)
-        for repeat in set(repeats.tolist()):
-            here = repeats == repeat
-            view[here] = views(epochs[0], repeat)[index[here]]
-        yield np.stack([index, view])
-
-
-def _without_broken(broken, repeats, index, data):
-    """(repeats, index) with the places of broken images given away as `_BatchMaker` does."""
-    n = len(index)
-    good = [place for place, image in enumerate(index.tolist()) if image not in broken]
-    if not good:
-        raise _nothing_decoded(data.source, n, {image: broken[image] for image in index.tolist()})
-    source = [min(good, key=lambda g, place=place: (g - place) % n) for place in range(n)]
-    places = np.arange(n)
-    return np.where(source == places, repeats, data.repeats + places), index[source]
-
-
 # ---------------------------------------------------------------- evaluation
 
 
@@ -592,7 +456,8 @@ def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numb
     in each pass.
     """
     if device is not None and data.resident and data.crop_pct == 1:
-        return _resident_test_batches(data, batch_size, rank, world, torch.device(device))
+        split = sources.open_split(data, data.test_split)
+        return resident.test_batches(split, data, batch_size, rank, world, torch.device(device))
     split = sources.open_split(data, data.test_split)
     images = _TestImages(split, data, rank, world, numbered)
     if isinstance(split.rows, datasets.IterableDataset):
@@ -600,18 +465,6 @@ def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numb
     elif not len(split.rows):
         raise DataError(f"{data.source}, {data.test_split}: no images")
     return _Loader(images, batch_size, num_workers=workers, pin_memory=pin)
-
-
-def _resident_test_batches(data, batch_size, rank, world, device):
-    resident = Resident(sources.open_split(data, data.test_split), data, device)
-    if resident.broken:
-        raise DataError(next(iter(resident.broken.values())))
-    batches = []
-    for index in torch.arange(rank, len(resident.labels), world, device=device).split(batch_size):
-        if len(index):
-            whole = torch.full_like(index, resident.whole)
-            batches.append((resident.crops(index, whole), resident.labels[index], index))
-    return batches
 
 
 class _TestImages(Dataset):
@@ -630,7 +483,7 @@ class _TestImages(Dataset):
 
     def sample(self, row, index):
         image = sources.encoded(row, index, self.data, self.split)
-        with _named(image):
+        with sources.named(image):
             pixels = torch.as_tensor(self.transform(augment.decode(image.content)))
         return pixels, image.label, _validation_number(image) if self.numbered else index
 
@@ -656,5 +509,5 @@ class _StreamedTestImages(IterableDataset):
         workers, worker = _worker()
         for shard in range(images.rank * workers + worker, rows.num_shards, images.world * workers):
             for columns in rows.shard(rows.num_shards, shard).iter(batch_size=READ_ROWS):
-                for row in _rows(columns):
+                for row in sources.rows_of(columns):
                     yield images.sample(row, sources.checksum(row, images.data))

@@ -6,6 +6,7 @@
 `data` is the section of a recipe, or any object with the fields that a function reads.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -30,6 +31,7 @@ DIGITS_SHARDS = 8  # of the digits when they are streamed
 FRACTION_SEED = 0  # fixed: if runs drew their own images, the spread over seeds would contain that choice
 MAX_BYTES = 256 * 2**20  # of one image's file: a larger one is a mistake, or a device that never ends
 NAMES_SHOWN = 10  # of classes in an error message
+REASONS_SHOWN = 20  # of broken images in an error message
 
 
 class DataError(ValueError):
@@ -250,6 +252,33 @@ def _read(path, name):
             f"{name} has more than {MAX_BYTES:,} bytes, sources.MAX_BYTES: remove it from the data set"
         )
     return content
+
+
+@contextlib.contextmanager
+def named(image):
+    """Errors about one image say which."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"{image.name}: {error}") from error.__cause__
+
+
+def nothing_decoded(source, n, broken):
+    """The DataError for a batch of `n` images of which all are broken; {number: reason}."""
+    reasons = first_lines(list(broken.values()))
+    return DataError(f"{source}: none of the {n} images of a batch can be decoded\n{reasons}")
+
+
+def first_lines(lines):
+    """The first REASONS_SHOWN of a list of lines, and how many more there are."""
+    more = [f"and {len(lines) - REASONS_SHOWN} more"] if len(lines) > REASONS_SHOWN else []
+    return "\n".join(lines[:REASONS_SHOWN] + more)
+
+
+def rows_of(columns):
+    """{column: values} -> {column: value} for each row."""
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
 
 
 def _printable(text):

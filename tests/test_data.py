@@ -37,6 +37,7 @@ from torchvision import transforms
 import augment
 import data
 import recipe
+import resident
 import sources
 
 SIZE = 16
@@ -795,6 +796,10 @@ def test_workers_end_with_a_trainer_that_fails():
 RESIDENT = dict(data__resident=True, data__hflip=0.5)
 
 
+def views_drawn(made, seed, start, stop):
+    return resident.drawn_views(made.resident, made.data, data._order(made, seed, start, stop), seed)
+
+
 def one_by_one(index, view, section, monkeypatch):
     """The crops that the transform of single images makes, with its draws set to `view`."""
     side, made = 2 * section.crop.padding + 1, []
@@ -834,7 +839,7 @@ def drawn_views(made, epochs, seed=1):
     """{(epoch, image id): view} of an epoch's batches; without repeats an image comes once."""
     views = {}
     for step in range(epochs * made.steps_per_epoch):  # each step by itself: nothing comes from before
-        drawn = list(data._drawn_views(made, seed, step, step + 1))
+        drawn = list(views_drawn(made, seed, step, step + 1))
         for (images, _, index), (numbers, view) in zip(
             made.batches(seed, step, step + 1), drawn, strict=True
         ):
@@ -869,7 +874,7 @@ def test_crops_and_flips_have_the_distribution_of_torchvision():
 def test_views_of_an_image_are_independent_between_epochs_and_repeats():
     epochs = drawn_views(loader(**RESIDENT), epochs=2)
     pairs = [(epochs[0, i], epochs[1, i]) for e, i in epochs if e == 0 and (1, i) in epochs]
-    repeated = np.stack(list(data._drawn_views(loader(**RESIDENT, data__repeats=2), 1, 0, 13)))  # [13, 2, 64]
+    repeated = np.stack(list(views_drawn(loader(**RESIDENT, data__repeats=2), 1, 0, 13)))  # [13, 2, 64]
     index, views = repeated.transpose(1, 0, 2).reshape(2, -1, 2)
     assert (index[:, 0] == index[:, 1]).all()
     for table in (pairs, views):
@@ -1094,7 +1099,7 @@ def test_resident_cifar100(monkeypatch):
     made = data.TrainLoader(section, batch_size=64, batch_size_per_process=64)
     assert made.resident.views == 162 and not made.broken
     images, labels, index = next(made.batches(1, 1000, 1001))
-    ((numbers, view),) = data._drawn_views(made, 1, 1000, 1001)
+    ((numbers, view),) = views_drawn(made, 1, 1000, 1001)
     assert torch.equal(images, one_by_one(numbers, view, section, monkeypatch))
     assert torch.equal(labels, made.labels()[index]) and index.tolist() == numbers.tolist()
 
