@@ -77,7 +77,7 @@ def train(settings, loader, teacher, students, log, checkpoints, signals, step, 
 
         if step % settings.log_every == 0:
             progress.set_postfix(loss=log.losses(step))
-        if step % per_epoch == 0 and (step // per_epoch in evaluated_epochs(settings)):
+        if step % per_epoch == 0 and step // per_epoch in evaluated_epochs(settings):
             log.accuracy(step)
         if step % (settings.save_every or per_epoch) == 0 or step == stop:
             checkpoints.save(step, students, log, loader)
@@ -262,12 +262,12 @@ def execute(prepared, options, lead):
         result = finished(folder, options.limit)
         if result is None:
             of_seed = dataclasses.replace(settings, seed=seed, runs=1)
-            first = seed == settings.seed
-            modules = (
-                prepared.students if first else build_students(of_seed, prepared.network, prepared.loader)
-            )
-            loaders = prepared.loader, prepared.test_loader
+            modules = prepared.students
+            if seed != settings.seed:
+                modules = build_students(of_seed, prepared.network, prepared.loader)
+            prepared.students = None  # later seeds need their memory on the device
             prepared.loader.broken = {}
+            loaders = prepared.loader, prepared.test_loader
             result = run_seed(of_seed, folder, *loaders, teacher, teacher_scores, modules, options)
         results.append(result)
     lead.wait_for_everyone()

@@ -2,7 +2,7 @@
 
     python tools/report.py results/*.json --out report.html     # for screens, phones and paper; no network
     python tools/report.py scale --along steps                  # results/scale.svg and results/scale.json
-    python tools/report.py curves results/quickstart_curves.json --out docs/quickstart.svg
+    python tools/report.py curves runs/quickstart/seed*/result.json --out docs/quickstart.svg
 
 Reads results of train.py (a run's result.json, or several under "runs") and of tools/cka.py. The other files
 of results/ are passed over: benchmarks, and the paper's numbers, which stand beside ours without being named.
