@@ -1,4 +1,4 @@
-"""The README's first command, through the real launcher."""
+"""The README's commands: the quickstart through the real launcher, and how to run the tests."""
 
 import json
 import os
@@ -37,3 +37,15 @@ def test_the_quickstart(seeds, tmp_path):
     assert results[0]["teacher"]["top1"] > 97 and min(means.values()) > 90
     if seeds == 3:  # seeds move a row by more than a point
         assert means["kd"] > means["alone"]
+
+
+def test_the_documented_test_command():
+    """.ci/run takes it from the README; pytest accepts it with the settings of pyproject.toml."""
+    (line,) = re.findall(r"^command=.*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    script = f'bash -n .ci/run && {line} && echo "$command"'
+    command = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert command == ["python", "-m", "pytest"]
+    arguments = [*command[1:], "--collect-only", "tests/test_layout.py"]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_train_opens_with_its_loop" in done.stdout, done.stdout + done.stderr
+    assert (ROOT / "requirements-dev.txt").exists()

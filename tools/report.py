@@ -2,7 +2,7 @@
 
     python tools/report.py results/*.json --out report.html     # for screens, phones and paper; no network
     python tools/report.py scale --along steps                  # results/scale.svg and results/scale.json
-    python tools/report.py curves runs/quickstart/seed*/result.json --out docs/quickstart.svg
+    python tools/report.py curves results/quickstart.json --out docs/quickstart.svg
 
 Reads results of train.py (a run's result.json, or several under "runs") and of tools/cka.py. The other files
 of results/ are passed over: benchmarks, and the paper's numbers, which stand beside ours without being named.
@@ -33,7 +33,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from pandas.io.formats.style import Styler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,8 +201,8 @@ def printable(value, length):
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def chart(title, curves, x_label, size=(3.6, 2.3), teacher=None):
-    """Figure of curves {student: [a curve [(x, y)] of each seed]}, and of a teacher's value.
+def chart(title, curves, x_label, size=(3.6, 2.3), teacher=None, bottom=None):
+    """Figure of curves {student: [a curve [(x, y)] of each seed]} from y = bottom, and of a teacher's value.
 
     Several seeds are drawn as their mean with a band of one sample standard deviation, or each by itself
     where their x differ. The axis is logarithmic where y spans decades.
@@ -231,6 +231,8 @@ def chart(title, curves, x_label, size=(3.6, 2.3), teacher=None):
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     axes.margins(x=0.01)
+    axes.set_ylim(bottom)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_title(title, loc="left", fontsize="medium")
     axes.set_xlabel(x_label)
     label_ends(axes, ends)
@@ -618,7 +620,7 @@ def write_scale(results, args):
 
 
 def write_curves(results, args):
-    """Accuracies of the students over the epochs, several seeds together, and of their teacher."""
+    """Accuracies of students over the epochs with their teacher's, from the lowest of the second half up."""
     curves = curves_of(results.complete, "accuracy", "epoch", "top1")
     if not any(len(curve) > 1 for seeds in curves.values() for curve in seeds):
         hint = "set evaluate_every of its recipe to less than its epochs"
@@ -627,7 +629,10 @@ def write_curves(results, args):
     seeds = max(map(len, curves.values()))
     title = "Top-1 accuracy, %" + f": mean and standard deviation over {seeds} seeds" * (seeds > 1)
     teacher = teachers.pop() if len(teachers) == 1 else None
-    args.out.write_text(svg(chart(title, curves, "epoch", (7, 3.2), teacher), title), encoding="utf-8")
+    late = [curve[len(curve) // 2 :] for seeds in curves.values() for curve in seeds]
+    lowest = min(top1 for curve in late for _, top1 in curve)
+    figure = chart(title, curves, "epoch", (7, 3.2), teacher, bottom=lowest - 1)
+    args.out.write_text(svg(figure, title), encoding="utf-8")
 
 
 COMMANDS = {
