@@ -695,6 +695,7 @@ def test_a_worker_that_dies_is_an_error_with_advice(small_sources, kind, monkeyp
 
     def fatal(content):
         if torch.utils.data.get_worker_info().id == 1 and content != WHOLE[0]:
+            time.sleep(0.3)  # a batch that is on its way to the main process arrives
             os._exit(1)
         return decode(content)
 

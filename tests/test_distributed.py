@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, STUDENT, distilled, final_state, run, saved, write
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+from conftest import ROOT, STUDENT, distilled, exit_code, final_state, forked, run, saved, write
+
+import checkpoint
 
 VIT = {
     "model": "vit_tiny_patch16_224",
@@ -326,48 +330,29 @@ def test_deepspeed_in_bfloat16_keeps_float32_weights(tmp_path, teacher_file):
 # ---------------------------------------------------------------- a loss with a memory
 
 
-CHECKED = """
-import torch, checkpoint, train
-
-def save(checkpoints, step, students, log, loader, original=checkpoint.Checkpoints.save):
-    for student in students:
-        for key, value in student.distilled.state_dict().items():
-            if "bank" in key or "net." in key and "running" not in key:
-                both = log.lead.gather(value.float().flatten()[None])
-                assert torch.equal(both[0], both[1]), key
-    original(checkpoints, step, students, log, loader)
-
-checkpoint.Checkpoints.save = save
-train.main()
-"""
-
-
-def test_two_processes_keep_one_bank(tmp_path, teacher_file):
+def test_two_processes_keep_one_bank(tmp_path, teacher_file, monkeypatch):
     """The losses of CRD and ReviewKD see half a batch in each process, CRD's banks all of it."""
     crd = student("crd", "crd") | {key: STUDENT[key] for key in ("model", "model_args")}
     review = {"loss": "reviewkd", "weight": 0.6, "warmup_epochs": 0, "args": {}}
     students = [crd, dict(STUDENT, name="reviewkd", soft=review)]
     changes = dict(students=students, batch_size_per_process=32, epochs=1, data__drop_last=True, log_every=1)
-    path = write(tmp_path / "r.json", **distilled(teacher_file, **changes))
-    (tmp_path / "checked.py").write_text(CHECKED)
-    command = [
-        Path(sys.executable).with_name("accelerate"),
-        "launch",
-        *PLAIN,
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", tmp_path / "checked.py", path]
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*map(str, command), "--workers", "0", "--out", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    bank = final_state(tmp_path / "two")[0]["crd.safetensors:soft.bank_student"]
+    path, out = write(tmp_path / "r.json", **distilled(teacher_file, **changes)), tmp_path / "two"
+    save = checkpoint.Checkpoints.save
+
+    def compared(checkpoints, step, students, log, loader):
+        for trained in students:
+            for key, value in trained.distilled.state_dict().items():
+                if "bank" in key or ("net." in key and "running" not in key):
+                    both = log.lead.gather(value.float().flatten()[None])
+                    assert torch.equal(both[0], both[1]), key
+        save(checkpoints, step, students, log, loader)
+
+    def two_processes():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        debug_launcher(run, args=(path, out), num_processes=2)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", compared)
+    assert exit_code(forked(two_processes)) == 0
+    bank = final_state(out)[0]["crd.safetensors:soft.bank_student"]
     assert ((bank.norm(dim=1) - 1).abs() < 1e-5).sum() == 14 * 64  # the images of both processes
-    assert json.loads((tmp_path / "two" / "result.json").read_text())["hardware"]["processes"] == 2
+    assert json.loads((out / "result.json").read_text())["hardware"]["processes"] == 2

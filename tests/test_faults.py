@@ -79,6 +79,10 @@ def send(number, times=1):
 # ---------------------------------------------------------------- kills
 
 
+def being_saved(out):
+    return any((out / "checkpoints").glob(".tmp-*"))
+
+
 def test_a_soak_of_kills_ends_in_the_same_weights(tmp_path, teacher_file):
     """SIGKILL at random moments of start, steps, saves and evaluations: weights, state and metrics as without."""
     epochs = 1 + KILLS // 10
@@ -89,19 +93,19 @@ def test_a_soak_of_kills_ends_in_the_same_weights(tmp_path, teacher_file):
     while not (out / "result.json").exists():
         start = newest(out)
         pid = forked(lambda: run(path, out, "--resume"))
-        # now and then before the first step
+        # now and then before the first step, and now and then inside of a save
         patience = time.monotonic() + (chance.random() * 2 if kills % 8 == 7 else 60)
         while newest(out) == start and time.monotonic() < patience:
-            if os.waitpid(pid, os.WNOHANG) != (0, 0):
+            if os.waitpid(pid, os.WNOHANG) != (0, 0) or (kills % 4 == 2 and being_saved(out)):
                 break
-            time.sleep(0.002)
+            time.sleep(0.001)
         if kills < KILLS:
-            time.sleep(chance.random() * 0.15)
+            time.sleep(0 if being_saved(out) else chance.random() * 0.15)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
-        unfinished += bool(list((out / "checkpoints").glob(".tmp-*")))
+        unfinished += being_saved(out)
     print(f"{kills} kills, {unfinished} of them inside a save")
     assert kills >= min(KILLS, 20) and unfinished
     assert_same_run(tmp_path / "whole", out)

@@ -466,12 +466,13 @@ def test_records_from_before_a_key_and_with_what_changes_nothing(tmp_path, capsy
             if field.default is not dataclasses.MISSING:
                 del section[field.name]
     harmless = ["students.kd.grad_checkpointing=true", "data.max_broken=0.5", "teacher.precision=bf16"]
-    runs = [old, record(stem, 71.0, 1, harmless), record(stem, 71.0, 1)]  # a seed counts once
-    for seed, change in enumerate(("data.fraction=0.5", "data.hflip=0.0", "students.kd.hard.weight=0.2"), 2):
+    runs = [old, record(stem, 71.0, 1), record(stem, 99.0, 1)]  # a seed counts once
+    runs.append(record(stem, 72.0, 2, harmless))
+    for seed, change in enumerate(("data.fraction=0.5", "data.hflip=0.0", "students.kd.hard.weight=0.2"), 3):
         runs.append(record(stem, 1.0, seed, [change]))
     (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
     row = table(capsys, "1b", "--results", tmp_path)[cell]
-    assert (row["ours"], row["seeds"], row["reduced"]) == ("70.50", "2", "")
+    assert (row["ours"], row["seeds"], row["reduced"]) == ("71.00", "3", "")
 
 
 def test_records_with_removed_options(tmp_path, capsys):

@@ -99,12 +99,15 @@ def test_a_page_has_tables_curves_figures_and_what_made_them(report, tmp_path, c
     assert "4 finished runs, 1 heat map." in text and "on <two> cores" in text
     assert "4 finished runs" in capsys.readouterr().out
     assert "60.50 ± 0.71" in text and "A reduced schedule: 2 epochs where the recipe has 240." in text
-    assert "Table 1b of the paper" in text and "70.66" in text  # the paper's own number for kd, beside ours
+    assert (
+        "Table 1b of the paper" in text and "kd minus best other" in text and "70.66" in text
+    )  # the paper's own number for kd, beside ours
     assert (
         "train.py recipes/study_fraction_weak.json" in text
         and "study_fraction_weak: 240 epochs, 25 % of the images" in text
     )
     assert "cpus 2" in text and "python 3" in text
+    assert not {"nan", "None", "1.0", "2.0"} & set(page.text)  # an absent value is empty, a count is whole
     assert len(page.images["Loss"]) == 3 and "CKA of <b>first</b> and second" in page.images
     assert {"alone", "kd", "dkd", "dist", "step", "Loss"} <= set(texts(page.images["Loss"][0]))
     assert any(title.startswith("Top-1 of DKD and DIST minus vanilla KD's") for title in page.images)
@@ -209,6 +212,8 @@ def test_a_heat_map_has_the_first_models_layers_upwards(report):
     assert found[0, 0] == found[1, 2] == pytest.approx([252, 253, 191], abs=2)  # 1 in magma
     assert found[1, 0] == pytest.approx([0, 0, 4], abs=2)
     assert found[0, 2] == [136, 136, 136]  # a layer without a similarity
+    (_, low), (_, high) = axes.transData.transform([(0, 0), (0, 1)])
+    assert low < high
     assert axes.get_ylabel() == "layers of <b>first</b>" and axes.get_xlabel() == "layers of second"
     image = ElementTree.fromstring(report.svg(figure, "CKA of <b>first</b>"))
     assert image.find(f"{SVG}title").text == "CKA of <b>first</b>"
@@ -233,12 +238,14 @@ def test_seeds_are_a_mean_with_a_band(report):
     assert [list(line.get_ydata()) for line in axes.lines] == [[10, 20], [20, 40]] and not axes.collections
 
 
-def test_names_at_the_ends_of_close_lines_do_not_overlap(report):
-    figure = report.chart("Loss", {f"s{i}": [[(1, 0), (2, 10 if i else 0)]] for i in range(5)}, "step")
+@pytest.mark.parametrize("ends", [(0, 10, 10, 10, 10), (0, 0, 0, 0, 10)])
+def test_names_at_the_ends_of_close_lines_do_not_overlap(ends, report):
+    figure = report.chart("Loss", {f"s{i}": [[(1, 5), (2, end)]] for i, end in enumerate(ends)}, "step")
     pixels(figure)
     boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
     assert len(boxes) == 5 and all(a.y1 <= b.y0 for a, b in itertools.pairwise(boxes))
-    assert boxes[-1].y1 < figure.bbox.height
+    axes = figure.axes[0].bbox
+    assert axes.y0 - 8 < boxes[0].y0 and boxes[-1].y1 < axes.y1 + 8  # pixels: half a line
 
 
 def test_the_picture_of_accuracies(report, tmp_path, capsys):
@@ -247,11 +254,13 @@ def test_the_picture_of_accuracies(report, tmp_path, capsys):
         "dist": {"epoch": [1.0, 2.0], "top1": [40.0, 70.0]},
     }
     runs = [a_run("prev_cifar_res20_res56", seed, (60, 61, 62), accuracy=accuracy) for seed in (0, 1)]
+    scores = {"scratch": accuracy["kd"]}  # a teacher's own run is not drawn
+    runs.append(a_run("prev_cifar_res56_scratch", 0, (72,), accuracy=scores, teacher=None))
     (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
     out = tmp_path / "curves.svg"
     report.main(["curves", str(tmp_path / "runs.json"), "--out", str(out)])
     image = ElementTree.parse(out)
-    assert {"kd", "dist", "teacher", "epoch"} <= set(texts(image))
+    assert {"kd", "dist", "teacher", "epoch"} <= set(texts(image)) and "scratch" not in texts(image)
     title = "Top-1 accuracy, %: mean and standard deviation over 2 seeds"
     assert title in texts(image) and image.find(f"{SVG}title").text == title
     first = out.read_text()

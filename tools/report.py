@@ -383,8 +383,8 @@ NUMBER = r"[-+]?[\d.]*(?: ± [\d.]+)?|not run"
 
 def table(rows, caption):
     """Dictionaries with equal keys as an HTML table, without empty columns; numbers are right-aligned."""
-    frame = pd.DataFrame(rows).map(lambda value: "" if value is None else str(value))
-    frame = frame.loc[:, (frame != "").any()]
+    texts = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    frame = pd.DataFrame(texts).loc[:, lambda frame: (frame != "").any()]
     styles = {}
     for name, column in frame.items():
         if column.str.fullmatch(NUMBER).all():
@@ -434,7 +434,10 @@ def brief(row):
     network = " → ".join(filter(None, (row["teacher"], row["student"])))
     first = ("method", "epochs", "paper", "ours", "±", "seeds", "difference", "our teacher", "reduced")
     last = ("measure", "label loss", "lr", "weight_decay", "disputed")
-    return {"network": network} | {key: row[key] for key in (*first, *last)}
+    shown = {"network": network} | {key: row[key] for key in (*first, *last)}
+    if row["measure"] == "kd_minus_best_other":
+        shown |= {"method": "kd minus best other", "measure": ""}
+    return shown
 
 
 def data_scale(records):
@@ -559,7 +562,7 @@ figure{margin:0;break-inside:avoid}figure img{display:block;width:100%;height:au
 @media print{
 @page{margin:14mm}
 html{font-size:10pt}body{max-width:none;padding:0}nav{display:none}.box,.wide{overflow:visible}
-table{font-size:7.5pt}th,td{min-width:0!important;padding:.15rem .3rem;overflow-wrap:anywhere}
+table{font-size:7.5pt}th,td{min-width:0!important;padding:.15rem .3rem}td{overflow-wrap:anywhere}
 tr,.warning,dl{break-inside:avoid}dl{font-size:8pt}.wide img{min-width:0}
 h2,h3,caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
 }
@@ -621,11 +624,12 @@ def write_scale(results, args):
 
 def write_curves(results, args):
     """Accuracies of students over the epochs with their teacher's, from the lowest of the second half up."""
-    curves = curves_of(results.complete, "accuracy", "epoch", "top1")
+    taught = [record for record in results.complete if record.get("teacher")]
+    curves = curves_of(taught or results.complete, "accuracy", "epoch", "top1")  # not the teacher's own run
     if not any(len(curve) > 1 for seeds in curves.values() for curve in seeds):
         hint = "set evaluate_every of its recipe to less than its epochs"
         raise recipe.RecipeError(f"no run was evaluated after several epochs: {hint}")
-    teachers = {record["teacher"]["top1"] for record in results.complete if record.get("teacher")}
+    teachers = {record["teacher"]["top1"] for record in taught}
     seeds = max(map(len, curves.values()))
     title = "Top-1 accuracy, %" + f": mean and standard deviation over {seeds} seeds" * (seeds > 1)
     teacher = teachers.pop() if len(teachers) == 1 else None
