@@ -102,6 +102,8 @@ def _opened(content):
 
 
 def _rgb(image):
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, expected integers")
     if image.mode.startswith("I"):
         image = _upper_bits(image)
     if image.mode == "P" and "transparency" in image.info:
@@ -179,6 +181,20 @@ def train_views(data, per_process):
     if data.pipeline == "fast":
         return _FastViews(data, per_process)
     return functools.partial(_timm_views, train_transform(data))
+
+
+def try_views(data):
+    """Make one training view of a black image, so that settings that cannot work show before any work.
+
+    Raises DataError.
+    """
+    content = io.BytesIO()
+    try:
+        Image.new("RGB", (data.size, data.size)).save(content, "png")
+        list(train_views(data, 1)(content.getvalue(), [0]))
+    except Exception as error:  # timm's parser raises anything
+        settings = f"size {data.size}, rand_augment {data.rand_augment!r}"
+        raise DataError(f"data: no training view can be made with {settings}: {error!r}") from error
 
 
 def _timm_views(transform, content, seeds):

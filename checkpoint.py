@@ -1,193 +1,61 @@
-"""Nothing is lost: atomic files, the lock and the folder of a run, checkpoints that appear complete or not
-at all.
+"""Checkpoints of a run: one appears complete or not at all, and a resumed run equals the uninterrupted one.
 
 A checkpoint is checkpoints/step-N: tensors as safetensors, the rest as JSON, and manifest.json with the
 sha256 of every file, because neither safetensors nor the file system notices a flipped bit. It holds whole
-tensors, whoever wrote it: a run goes on with another number of processes, with DeepSpeed or without. A
-resumed run equals the uninterrupted one bit for bit.
+tensors, whoever wrote it: a run goes on with another number of processes, with DeepSpeed or without.
 """
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import os
-import platform
-import re
 import shutil
-import time
-from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import timm
 import torch
 from accelerate.utils import gather_object
+from pydantic import TypeAdapter
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035  pydantic needs it before Python 3.12
 
 import launch
+import models
 import recipe
+import rundir
 
-MAX_STATE_BYTES = 16 << 20  # of the JSON files of a run
 KEEP_CHECKPOINTS = 2
 MAX_FAILED_SAVES = 3  # in a row; then the run stops
 COUNTERS = ("skipped", "skipped_in_a_row", "last", "best")  # of a Student, saved as JSON
-# Keys of a recipe that a resume may change, because they cannot change a result.
-HARMLESS = {
-    "about",
-    "paper",
-    "log_every",
-    "evaluate_every",
-    "save_every",
-    "runs",
-    "max_broken",
-    "grad_checkpointing",
-}
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- what state.json must hold
 
 
-def write_atomic(path, text):
-    """Write a file so that a reader, or a crash at any moment, sees the old or the new text, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+class StudentState(TypedDict):
+    optimizer: dict
+    scaler: dict | None
+    sums: list[float] | float
+    skipped: recipe.Whole
+    last: rundir.Scores | None
+    best: rundir.Scores | None
 
 
-def sync_directory(path):
-    """Make renames inside a directory survive a power cut; a file system that cannot is no reason to fail."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+class State(TypedDict):
+    step: recipe.Whole
+    workers: recipe.Whole
+    broken: list[tuple[int, str]]
+    images: NotRequired[recipe.Whole]  # older checkpoints lack these two
+    classes: NotRequired[list[str] | None]
+    seconds: float
+    timed: tuple[recipe.Whole, float]
+    clock: dict[str, dict[str, float]]
+    metrics_bytes: recipe.Whole
+    students: dict[str, StudentState]
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_tensors(path, tensors):
-    # copies, because DeepSpeed's weights are views of one flat tensor, and safetensors refuses shared memory
-    tensors = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    safetensors.torch.save_file(tensors, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-# ---------------------------------------------------------------- the folder of a run
-
-
-def lock(folder):
-    """Hold a run's folder for this process; RecipeError where another process holds it. Returns a file.
-
-    The kernel releases the lock when the process ends, however it ends. It is a POSIX record lock, which
-    loader workers do not inherit: they would keep a flock of a killed trainer.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise recipe.RecipeError(f"{folder / '.lock'}: cannot be opened: {error.strerror}") from None
-    file = open(descriptor, "r+", encoding="utf-8")  # noqa: SIM115  open as long as it is held
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise recipe.RecipeError(f"{folder}: another run holds it: {file.read().strip()}") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    file.flush()
-    return file
-
-
-def open_folder(folder, settings, *, resume, overwrite):
-    """Prepare a run's folder, new, resumed or replaced, and write the recipe as it runs into it.
-
-    RecipeError for a folder that is used already, is not a run's, or was begun with other settings.
-    """
-    written = folder / "recipe.json"
-    if {p.name for p in folder.iterdir()} - {
-        "recipe.json",
-        ".lock",
-    }:  # these alone are left by a start that failed
-        if not os.path.lexists(written):
-            raise recipe.RecipeError(
-                f"{folder}: not empty, and not the folder of a run (no recipe.json): choose another --out"
-            )
-        if overwrite:
-            for path in folder.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        elif not resume:
-            raise recipe.RecipeError(
-                f"{folder}: holds a run: continue it with --resume or replace it with --overwrite"
-            )
-        else:
-            refuse_links(folder)
-            if changes := differences(recipe.load(written), settings):
-                lines = "\n  ".join(changes)
-                raise recipe.RecipeError(
-                    f"{folder}: --resume with other settings than the run began with:\n  {lines}"
-                )
-    write_atomic(written, recipe.dump(settings))
-
-
-def refuse_links(folder):
-    """RecipeError for a symbolic link in a run's folder: writing through it would change a file elsewhere."""
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            if os.path.islink(path := os.path.join(parent, name)):
-                raise recipe.RecipeError(
-                    f"{path}: a symbolic link in a run's folder: replace it by what it points to"
-                )
-
-
-def consequential(tree):
-    """A recipe as JSON without the keys that cannot change a result."""
-    if isinstance(tree, dict):
-        return {key: consequential(value) for key, value in tree.items() if key not in HARMLESS}
-    return [consequential(value) for value in tree] if isinstance(tree, list) else tree
-
-
-def differences(old, new):
-    """Lines 'a.b: old -> new' for the settings of two recipes that can change a result, not data.source."""
-    return _changed(*(consequential(json.loads(recipe.dump(r))) for r in (old, new)), "")
-
-
-def _changed(old, new, path):
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line for k in new | old for line in _changed(old.get(k), new.get(k), f"{path}.{k}" if path else k)
-        ]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [
-            line
-            for i, pair in enumerate(zip(old, new, strict=True))
-            for line in _changed(*pair, f"{path}.{i}")
-        ]
-    return [] if old == new or path == "data.source" else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
-
-
-def settings_digest(settings):
-    """sha256 of the settings that a resume may not change."""
-    tree = consequential(json.loads(recipe.dump(settings)))
-    tree["data"].pop("source")
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+STATE = TypeAdapter(State)
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def checkpoints(folder):
-    """Complete checkpoints in a run's folder, oldest first."""
-    return sorted(p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
 
 
 class Checkpoints:
@@ -214,15 +82,16 @@ class Checkpoints:
         try:
             self.check_space()
             temporary.mkdir()
-            state = {"step": step, "workers": loader.workers, "broken": broken, **log.state(), "students": {}}
+            state = {"step": step, "workers": loader.workers, "broken": broken, **log.state()}
+            state |= {"images": loader.size, "classes": loader.split.names, "students": {}}
             for student, student_sums, optimizer in zip(students, sums, optimizers, strict=True):
                 state["students"][student.name] = write_student(temporary, student, student_sums, optimizer)
-            write_atomic(temporary / "state.json", json.dumps(state))
-            manifest = self.manifest(temporary, step, log.steps_per_epoch)
-            write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-            sync_directory(temporary)
+            rundir.write_atomic(temporary / "state.json", json.dumps(state))
+            manifest = self.manifest(temporary, step, log)
+            rundir.write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            rundir.sync_directory(temporary)
             os.replace(temporary, self.folder / f"step-{step:08d}")
-            sync_directory(self.folder)
+            rundir.sync_directory(self.folder)
             self.failed = 0
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # what a full disk raises
             self.count_failure(step, error)
@@ -233,7 +102,7 @@ class Checkpoints:
         """Make the folder; OSError without room for 1.2 times the last checkpoint."""
         self.folder.mkdir(exist_ok=True)  # not its parents: a run's folder that was removed is an error
         self.remove_old()
-        if saved := checkpoints(self.run_folder):
+        if saved := rundir.checkpoints(self.run_folder):
             needed = int(1.2 * sum(path.stat().st_size for path in saved[-1].iterdir()))
             free = shutil.disk_usage(self.folder).free
             if free < needed:
@@ -241,7 +110,7 @@ class Checkpoints:
 
     def remove_old(self):
         """Remove all but the newest checkpoints, and what a killed save left behind."""
-        for path in [*checkpoints(self.run_folder)[:-KEEP_CHECKPOINTS], *self.folder.glob(".tmp-*")]:
+        for path in [*rundir.checkpoints(self.run_folder)[:-KEEP_CHECKPOINTS], *self.folder.glob(".tmp-*")]:
             shutil.rmtree(path, ignore_errors=True)
 
     def count_failure(self, step, error):
@@ -253,17 +122,18 @@ class Checkpoints:
             ) from error
         self.lead.print(f"warning: {message}; the run goes on, older checkpoints are valid")
 
-    def manifest(self, folder, step, steps_per_epoch):
+    def manifest(self, folder, step, log):
         return {
             "schema": 2,  # 1 had recipe_sha256, of the whole recipe.json
             "step": step,
-            "epoch": step / steps_per_epoch,
-            "settings_sha256": settings_digest(self.settings),
+            "epoch": step / log.steps_per_epoch,
+            "limit": log.limit,  # not None: a trial
+            "settings_sha256": rundir.settings_digest(self.settings),
             "processes": self.lead.num_processes,
             "batch_size": self.settings.batch_size,
             "versions": {module.__name__: module.__version__ for module in (torch, timm)},
             "files": {
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                path.name: {"bytes": path.stat().st_size, "sha256": rundir.sha256(path)}
                 for path in sorted(folder.iterdir())
             },
         }
@@ -283,16 +153,25 @@ class Checkpoints:
             self.check_never_saved(log)
             log.restore(None)
             return 0
-        state = recipe.read_json(newest / "state.json", MAX_STATE_BYTES)
+        state = recipe.read_json(newest / "state.json", rundir.MAX_STATE_BYTES)
         if self.settings.data.streaming and state["workers"] != loader.workers:
             raise recipe.RecipeError(
                 f"{self.run_folder}: the order of a stream depends on its readers: resume with "
                 f"--workers {state['workers']}"
             )
+        check_data(self.run_folder, state, loader)
         loader.broken = dict(state["broken"])
         log.restore(state)
-        for student in students:
-            restore_student(newest, student, state["students"][student.name], self.lead.device)
+        try:
+            for student in students:
+                restore_student(newest, student, state["students"][student.name], self.lead.device)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, launch.TrainingError):
+                raise
+            raise launch.TrainingError(
+                f"{newest}: does not hold what this run needs ({error}), although its digests are right: it "
+                "was written by another program; start again with --overwrite"
+            ) from error
         return state["step"]
 
     def check_never_saved(self, log):
@@ -307,7 +186,7 @@ class Checkpoints:
     def newest_valid(self):
         """(the newest checkpoint that is as it was written, or None; the damaged newer ones)."""
         problems = {}
-        for path in reversed(checkpoints(self.run_folder)):
+        for path in reversed(rundir.checkpoints(self.run_folder)):
             if (problem := problem_of(path, self.settings)) is None:
                 if problems:
                     self.lead.print(
@@ -320,6 +199,15 @@ class Checkpoints:
             advice = f"{self.run_folder}: no valid checkpoint is left; --overwrite starts again"
             raise launch.TrainingError("\n".join([*_damaged(problems), advice]))
         return None, []
+
+
+def check_data(folder, state, loader):
+    """RecipeError if the data of a resumed run has other images or classes than at the checkpoint's time."""
+    images, classes, names = state.get("images"), state.get("classes"), loader.split.names
+    if images not in (None, loader.size):
+        raise recipe.RecipeError(f"{folder}: began with {images:,} images, now there are {loader.size:,}")
+    if classes and names:
+        models.check_same_classes(classes, names, f"the run in {folder}")
 
 
 def _damaged(problems):
@@ -337,12 +225,12 @@ def set_aside(path):
 def problem_of(folder, settings):
     """What is wrong with a checkpoint of a run with these settings, or None."""
     try:
-        manifest = recipe.read_json(folder / "manifest.json", MAX_STATE_BYTES)
+        manifest = rundir.read_checked(folder / "manifest.json", rundir.MANIFEST)
         for name, written in manifest["files"].items():
             path = folder / name
             if path.name != name or path.is_symlink():
                 return f"manifest.json names {name!r}, which is not a plain file of its folder"
-            if path.stat().st_size != written["bytes"] or sha256(path) != written["sha256"]:
+            if path.stat().st_size != written["bytes"] or rundir.sha256(path) != written["sha256"]:
                 return f"{name} is not what was written"
         needed = {"state.json"}
         for student in settings.students:
@@ -350,15 +238,17 @@ def problem_of(folder, settings):
             needed |= {f"{student.name}.ema.safetensors"} if student.ema is not None else set()
         if missing := sorted(needed - manifest["files"].keys()):
             return f"manifest.json does not name {missing[0]}"
-        steps = {manifest["step"], recipe.read_json(folder / "state.json", MAX_STATE_BYTES)["step"]}
+        steps = {manifest["step"], rundir.read_checked(folder / "state.json", STATE)["step"]}
         named = int(folder.name.removeprefix("step-"))
         if steps != {named}:
             return f"the folder's name says step {named}, its files {sorted(steps)}"
-        if manifest["schema"] > 1 and manifest["settings_sha256"] != settings_digest(settings):
+        if manifest["schema"] > 1 and manifest["settings_sha256"] != rundir.settings_digest(settings):
             return "it belongs to a run with other settings"
         return None
-    except (OSError, recipe.RecipeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
+    except recipe.RecipeError as error:
+        return str(error)
 
 
 def check_weights(student, step):
@@ -368,6 +258,14 @@ def check_weights(student, step):
             raise launch.TrainingError(
                 f"student {student.name!r}: {name} is not finite at step {step}: not saved"
             )
+
+
+def write_tensors(path, tensors):
+    # copies, because DeepSpeed's weights are views of one flat tensor, and safetensors refuses shared memory
+    tensors = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    safetensors.torch.save_file(tensors, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_student(folder, student, sums, optimizer):
@@ -394,6 +292,8 @@ def restore_student(folder, student, state, device):
     if state["scaler"]:
         student.accelerator.scaler.load_state_dict(state["scaler"])
     student.sums = torch.tensor(state["sums"], device=device)
+    if student.sums.ndim and len(student.sums) != (3 if student.distilled.soft is None else 4):
+        raise ValueError(f"{len(student.sums)} sums")
     state.setdefault("skipped_in_a_row", state.get("barren"))  # its name before
     for key in COUNTERS:
         setattr(student, key, state[key])

@@ -36,8 +36,6 @@ import sources
 from augment import BrokenImage, seed_of
 from sources import DataError
 
-READ_ROWS = 32  # at once, of a stream
-
 
 class TrainLoader:
     """The training batches of one process, for every seed of a recipe.
@@ -124,6 +122,13 @@ class TrainLoader:
             )
         return steps
 
+    @property
+    def smallest_batch(self):
+        """Images in the smallest batch of a process: without drop_last, of an epoch's last step."""
+        parts = self.accumulate * self.world
+        rest = 0 if self.data.drop_last else self.size % self.batch_size // parts
+        return rest or self.per_process
+
     def labels(self):
         """Class id of every training image by its index, int64 [size]; None for a stream."""
         if self.data.streaming:
@@ -157,15 +162,7 @@ class TrainLoader:
 
     def _counted(self, batches):
         """The batches without their broken images, which are counted."""
-        while True:
-            try:
-                images, labels, index, broken = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if death := dead_worker(error):
-                    raise death from error
-                raise
+        for images, labels, index, broken in batches:
             self._count(broken)
             yield images, labels, index
 
@@ -190,15 +187,33 @@ class _Loader(DataLoader):
 
     Batch systems and Ctrl-C signal the whole process group. The trainer decides then when to stop, and
     needs its workers until it has. They inherit the signals blocked, so there is no moment at which they
-    could be killed.
+    could be killed. The errors of workers are DataErrors, without the workers' tracebacks.
     """
 
     def __iter__(self):
         blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         try:
-            return super().__iter__()
+            batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+        return _with_plain_errors(batches)
+
+
+def _with_plain_errors(batches):
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except DataError as error:
+            kind = type(error)
+            _, _, message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+            raise kind(message.strip() or str(error)) from error
+        except RuntimeError as error:
+            if death := dead_worker(error):
+                raise death from error
+            raise
+        yield batch
 
 
 @atexit.register
@@ -353,7 +368,7 @@ class _StreamedBatches(IterableDataset):
     """
 
     def __init__(self, loader, seed, start, stop):
-        self.data, self.rows, self.shard_lengths = loader.data, loader.split.rows, loader.shard_lengths
+        self.data, self.split, self.shard_lengths = loader.data, loader.split, loader.shard_lengths
         self.seed, self.rank, self.world = seed, loader.rank, loader.world
         self.per_process = loader.per_process
         self.per_epoch = loader.steps_per_epoch * loader.accumulate  # batches
@@ -381,7 +396,7 @@ class _StreamedBatches(IterableDataset):
                     yield self.make(list(itertools.islice(crops, self.per_process)))
 
     def _shards(self, epoch):
-        return np.random.default_rng([self.seed, epoch]).permutation(self.rows.num_shards).tolist()
+        return np.random.default_rng([self.seed, epoch]).permutation(self.split.rows.num_shards).tolist()
 
     def _chance(self, epoch, slot):
         return random.Random(f"{self.seed} {epoch} {self.rank} {slot}")
@@ -415,10 +430,7 @@ class _StreamedBatches(IterableDataset):
 
     def _numbered_rows(self, shard):
         """(number, row): the number is another for each row of the split, and the same in every epoch."""
-        # .iter, because __iter__ in a worker process would divide this one shard among the workers again
-        batches = self.rows.shard(self.rows.num_shards, shard).iter(batch_size=READ_ROWS)
-        rows = itertools.chain.from_iterable(map(sources.rows_of, batches))
-        return enumerate(rows, start=shard << 32)
+        return enumerate(sources.shard_rows(self.split, shard, self.data.source), start=shard << 32)
 
     def _crops(self, rows, epoch):
         for number, row in rows:
@@ -505,9 +517,8 @@ class _StreamedTestImages(IterableDataset):
         self.images = images
 
     def __iter__(self):
-        images, rows = self.images, self.images.split.rows
+        images, shards = self.images, self.images.split.rows.num_shards
         workers, worker = _worker()
-        for shard in range(images.rank * workers + worker, rows.num_shards, images.world * workers):
-            for columns in rows.shard(rows.num_shards, shard).iter(batch_size=READ_ROWS):
-                for row in sources.rows_of(columns):
-                    yield images.sample(row, sources.checksum(row, images.data))
+        for shard in range(images.rank * workers + worker, shards, images.world * workers):
+            for row in sources.shard_rows(images.split, shard, images.data.source):
+                yield images.sample(row, sources.checksum(row, images.data))

@@ -116,7 +116,34 @@ def build_student(settings, student, teacher_shapes=None, labels=None):
             soft = soft(shapes, teacher_shapes, labels)
         module = Distilled(network, hard, soft, student.hard.weight, taps, student.preactivation)
         return module, optim.make_optimizer(module, student)
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise recipe.RecipeError(f"student {student.name!r}: {error}") from error
+
+
+@torch.no_grad()
+def try_losses(module, student, data, teacher_shapes, batch):
+    """Call a student's losses once on zeros, so that arguments that cannot work show before any training.
+
+    batch: images in the smallest batch of the run. RecipeError names the student.
+    """
+    batch = min(batch, 2)
+    logits, target = torch.zeros(batch, data.classes), torch.zeros(batch, dtype=torch.long)
+    try:
+        values = [module.hard(logits, target)]
+        if module.taps:
+            shapes = module.net.shapes(data.size, module.taps, module.preactivation)
+            with torch.random.fork_rng(devices=[]):  # a small one: CRD's banks have a row for every image
+                loss = losses.make_loss(student.soft.loss, **student.soft.args)
+                loss = loss(shapes, teacher_shapes, torch.tensor([0, 1]))
+                features = [
+                    [torch.zeros(batch, *shape) for shape in side] for side in (shapes, teacher_shapes)
+                ]
+                values.append(loss(*features, target, torch.arange(batch)))
+        elif module.soft:
+            values.append(module.soft(logits, logits, target))
+        if not torch.stack(values).isfinite().all():
+            raise ValueError(f"on equal logits, the losses are {[value.item() for value in values]}")
+    except (ValueError, RuntimeError) as error:
         raise recipe.RecipeError(f"student {student.name!r}: {error}") from error
 
 

@@ -340,9 +340,14 @@ def preprocessing(name, config, trained_on, changes):
     values |= {key: value for key, value in changes.items() if value is not None}
 
     size, crop_pct, interpolation = values.values()
-    valid = isinstance(size, int) and size > 0 and isinstance(crop_pct, (int, float)) and 0 < crop_pct <= 1
+    valid = (
+        isinstance(size, int)
+        and 0 < size <= 4096
+        and isinstance(crop_pct, (int, float))
+        and 0 < crop_pct <= 1
+    )
     if not valid or interpolation not in INTERPOLATIONS:
-        expected = f"expected pixels, a crop_pct in (0, 1], and one of {', '.join(INTERPOLATIONS)}"
+        expected = f"expected 1 to 4096 pixels, a crop_pct in (0, 1], {' or '.join(INTERPOLATIONS)}"
         raise models.ModelError(f"{name}: images cannot be prepared with {values}: {expected}")
     return values
 

@@ -27,10 +27,10 @@ import timm
 import torch
 from timm.utils import distribute_bn
 
-import checkpoint
 import distill
 import launch
 import models
+import rundir
 from evaluate import accuracy, table
 
 GRADIENTS = ("gradient_hard", "gradient_soft", "gradient_ratio")
@@ -135,7 +135,7 @@ class Log:
             dump = self.folder / f"not-finite-{student.name}-{step}.json"
             facts = error.facts | {"images of the last batch": self.index.tolist()}
             if self.lead.is_main_process:
-                checkpoint.write_atomic(dump, json.dumps(facts, indent=2) + "\n")
+                rundir.write_atomic(dump, json.dumps(facts, indent=2) + "\n")
             raise launch.TrainingError(f"{error}: {dump}") from error
         if warning:
             self.lead.print(f"warning: {warning}")
@@ -214,23 +214,46 @@ class Log:
         }
 
     def restore(self, state):
-        """Continue from what `state` gave (None: begin); rows that were written after it are cut off."""
-        if self.lead.is_main_process and self.path.exists():
-            os.truncate(self.path, state["metrics_bytes"] if state else 0)
+        """Continue from what `state` gave (None: begin); rows that were written after it are cut off.
+
+        TrainingError if rows that were written before it are missing or damaged.
+        """
+        if self.lead.is_main_process:
+            self.cut(state["metrics_bytes"] if state else 0)
         if state:
             self.seconds, (self.steps, self.window) = state["seconds"], state["timed"]
             self.clock.window, self.clock.total = state["clock"]["window"], state["clock"]["total"]
             self.warned_broken = len(self.loader.broken)
 
+    def cut(self, size):
+        """Keep the first bytes of metrics.jsonl."""
+        there = self.path.stat().st_size if self.path.exists() else 0
+        if there < size:
+            raise launch.TrainingError(
+                f"{self.path}: {there} bytes, at the newest checkpoint there were {size}: put the file back, "
+                "or start again with --overwrite"
+            )
+        if there:
+            os.truncate(self.path, size)
+            self.rows()
+
     def last_step(self):
         """The step of the last row on the disk; 0 without one."""
-        rows = self.path.read_text().splitlines() if self.path.exists() else []
-        return json.loads(rows[-1])["step"] if rows else 0
+        rows = self.rows()
+        return rows[-1]["step"] if rows else 0
 
     def rows(self):
-        """All rows, also those that the disk has not taken."""
-        written = self.path.read_text().splitlines() if self.path.exists() else []
-        return [*map(json.loads, written), *self.unwritten]
+        """All rows, also those that the disk has not taken; TrainingError if a line is not a row."""
+        written = self.path.read_bytes().splitlines() if self.path.exists() else []
+        try:
+            rows = [json.loads(line) for line in written]
+            for row in rows:
+                row["step"] + row["epoch"]
+        except (ValueError, TypeError, LookupError) as error:
+            raise launch.TrainingError(
+                f"{self.path}: damaged ({error}): start again with --overwrite"
+            ) from error
+        return rows + self.unwritten
 
     def open_board(self, step):
         """TensorBoard's files; what an interrupted run wrote after `step` is hidden."""
@@ -378,7 +401,7 @@ def write_result(log, step, teacher_scores):
     text = json.dumps(result, indent=2)
     numbers = r"\[\n[-+.\deE,\s]+\]"
     text = re.sub(numbers, lambda match: " ".join(match[0].split()), text)  # a curve is one line
-    checkpoint.write_atomic(log.folder / "result.json", text + "\n")
+    rundir.write_atomic(log.folder / "result.json", text + "\n")
     return result
 
 

@@ -222,6 +222,7 @@ class CC(nn.Module):
     def __init__(self, student_shapes, teacher_shapes, labels=None, *, dim=128):
         super().__init__()
         self.shapes = _deepest_shapes(student_shapes, teacher_shapes, 1)
+        _check_positive(dim=dim)
         (student,), (teacher,) = self.shapes
         self.embed_student = nn.Linear(math.prod(student), dim)
         self.embed_teacher = nn.Linear(math.prod(teacher), dim)
@@ -344,8 +345,7 @@ class CRD(nn.Module):
         super().__init__()
         self.shapes = _deepest_shapes(student_shapes, teacher_shapes, 1)
         labels = _check_labels(labels)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        _check_positive(dim=dim, negatives=negatives, temperature=temperature)
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
         (student,), (teacher,) = self.shapes
         self.embed_student = nn.Linear(math.prod(student), dim)
@@ -513,6 +513,7 @@ class ReviewKD(nn.Module):
 
     def __init__(self, student_shapes, teacher_shapes, labels=None, *, mid=512):
         super().__init__()
+        _check_positive(mid=mid)
         count = min(len(student_shapes), len(teacher_shapes))
         self.shapes = _deepest_shapes(student_shapes, teacher_shapes, count)
         widths = [(student[0], teacher[0]) for student, teacher in zip(*self.shapes, strict=True)]
@@ -574,6 +575,12 @@ def _deepest_shapes(student_shapes, teacher_shapes, count):
         got = f"{student_shapes} of the student and {teacher_shapes} of the teacher"
         raise ValueError(f"expected per-image shapes (C, H, W) that end in the pooled (C,), got {got}")
     return sides
+
+
+def _check_positive(**hyper):
+    for name, value in hyper.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
 
 
 def _check_features(student_features, teacher_features, shapes, least=1):
@@ -642,7 +649,8 @@ def make_loss(name, known=LOSSES, **hyper):
 
 
 def _kind(value):
-    return "true or false" if isinstance(value, bool) else "text" if isinstance(value, str) else "a number"
+    kinds = {bool: "true or false", str: "text", int: "a number", float: "a number"}
+    return kinds.get(type(value), type(value).__name__)
 
 
 def _nearest(word, known):

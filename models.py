@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -180,6 +181,10 @@ class Network(nn.Module):
         super().__init__()
         self.model, self.size, self.interpolation = model, size, interpolation
         self.statistics = {"mean": tuple(mean), "std": tuple(std)}
+        for name, values in self.statistics.items():
+            numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+            if not numbers or (name == "std" and min(values) < 1e-6):
+                raise ModelError(f"{name} {list(values)}: expected finite numbers, for std positive ones")
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.memory_format = memory_format_for(model)
@@ -294,7 +299,7 @@ def build(
     check_model_args(model_args or {})
     try:
         network = timm.create_model(model, pretrained=pretrained, num_classes=classes, **(model_args or {}))
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+    except Exception as error:  # the constructors of a thousand networks raise anything
         hint = "; offline, give its weights as a file" if pretrained and isinstance(error, OSError) else ""
         raise ModelError(f"model {model!r} cannot be built with {model_args or {}}: {error}{hint}") from error
     if checkpoint is not None:
@@ -350,7 +355,7 @@ def check_forward(network, name, classes, size):
     try:
         with torch.no_grad():
             shape = tuple(network(torch.zeros(1, 3, size, size)).shape)
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except Exception as error:  # as in `build`
         raise ModelError(f"model {name!r} cannot take images of {size}x{size}: {error}") from error
     if shape != (1, classes):
         raise ModelError(f"model {name!r} gives logits of shape {shape}, expected (1, {classes})")
@@ -398,8 +403,8 @@ def load_weights(network, path):
     Raises ModelError for what cannot be read or does not fit.
     """
     path = Path(path)
-    file = _inside(path, "model.safetensors") if path.is_dir() else path
-    if not file.is_file():
+    file = _inside(path, "model.safetensors") if os.path.isdir(path) else path
+    if not os.path.isfile(file):  # False, unlike pathlib's, for a name that is too long
         raise ModelError(f"checkpoint {file}: no such file")
     expected = network.state_dict()
     try:
@@ -409,10 +414,9 @@ def load_weights(network, path):
         translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
         if translate and state.keys() != expected.keys():
             state = translate(state, network)
-    except (
-        Exception
-    ) as error:  # a torn zip, a bad header, a pickle with more than tensors, keys timm trips over
-        raise ModelError(f"checkpoint {file}: cannot be loaded: {error!r}") from error
+    # a torn zip, a bad header, a pickle with more than tensors, keys timm trips over
+    except Exception as error:
+        raise ModelError(f"checkpoint {file}: cannot be loaded: {_reason(file, error)}") from error
     problems = _misfits(state, expected)
     if problems:
         shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
@@ -424,17 +428,41 @@ def load_weights(network, path):
     network.load_state_dict(state)
 
 
+def _reason(file, error):
+    """Why a file was not loaded, without torch's advice to load it with weights_only=False."""
+    if isinstance(error, (EOFError, AttributeError)):
+        return "it is not a file of weights"
+    if "weights_only" not in str(error):
+        return repr(error)
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+    except Exception:  # not a file of torch's
+        names = []
+    if not names:
+        return "it is not a file of weights"
+    return f"it holds more than weights, which may run a program: {', '.join(names)}"
+
+
 def _misfits(state, expected):
     """What keeps a state_dict from being the expected one, a line for each key."""
     missing = [f"missing {key}" for key in expected if key not in state]
     unexpected = [f"unexpected {key}" for key in state if key not in expected]
-    shapes = {key: tuple(getattr(tensor, "shape", ("not a tensor",))) for key, tensor in state.items()}
+    shapes = {
+        key: tuple(tensor.shape) if _is_dense(tensor) else "not a dense tensor of real numbers"
+        for key, tensor in state.items()
+    }
     other = [
         f"{key} is {shapes[key]}, expected {tuple(tensor.shape)}"
         for key, tensor in expected.items()
         if key in state and shapes[key] != tuple(tensor.shape)
     ]
     return missing + unexpected + other
+
+
+def _is_dense(tensor):
+    if not torch.is_tensor(tensor) or tensor.layout != torch.strided:
+        return False
+    return not (tensor.is_quantized or tensor.is_meta or tensor.is_complex())
 
 
 # ---------------------------------------------------------------- exported folders
@@ -484,8 +512,8 @@ def load_exported(folder):
         model = timm.create_model(config["architecture"], pretrained_cfg=config, **arguments)
         load_weights(model, folder)
         return Network(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]), model.pretrained_cfg
-    except ModelError:
-        raise
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
     except Exception as error:  # an edited config.json can fail anywhere in timm
         raise ModelError(f"{folder}: cannot be loaded by timm: {error!r}") from error
 
@@ -525,6 +553,8 @@ def _inside(folder, name):
 def label_names(network):
     """The class names of an exported network, by class id; None where its folder does not name them all."""
     names = network.model.pretrained_cfg.get("label_names")
+    if not isinstance(names, (dict, list, tuple)):
+        return None
     if isinstance(names, dict):  # timm also takes {id: name}
         names = [names.get(str(i)) for i in range(len(names))]
     if not names or len(names) != network.model.num_classes:
@@ -551,6 +581,20 @@ def match_classes(known, wanted):
         raise ModelError(f"{found}, and they cannot be matched by name: the network has a name twice")
     extra = sorted(set(known) - set(wanted))
     raise ModelError(f"{found}; only in the data: {_listed(missing)}; only in the network: {_listed(extra)}")
+
+
+def check_same_classes(known, wanted, owner):
+    """ModelError unless `wanted`, the data's class names, are those that `owner` knows, in the same order."""
+    try:
+        ids = match_classes(known, wanted)
+    except ModelError as error:
+        raise ModelError(f"{owner} and the data have different classes: {error}") from error
+    for i, other in enumerate(ids):
+        if i != other:
+            raise ModelError(
+                f"{owner} and the data have their classes in different orders: {wanted[i]!r} is number {i} "
+                f"in the data, {other} in {owner}"
+            )
 
 
 def _as_wnids(names):

@@ -4,10 +4,11 @@ The learning rate and the weight of the distillation loss are pure functions of 
 saved or restored.
 """
 
+import difflib
 import math
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 
 FUSED = {"sgd", "momentum", "adam", "adamw"}  # timm's names of the optimizers that PyTorch has fused
 
@@ -42,17 +43,24 @@ def soft_weight_at(epoch, soft):
 def make_optimizer(module, student):
     """timm's optimizer called `student.optimizer` for `module`; fused where PyTorch has it fused.
 
-    Raises ValueError or TypeError for a name or an argument that timm does not have.
+    Raises ValueError for a name or an argument that timm does not have.
     """
-    fused = {"fused": True} if student.optimizer in FUSED else {}
-    return create_optimizer_v2(
-        module,
-        opt=student.optimizer,
-        lr=student.lr,
-        weight_decay=student.weight_decay,
-        filter_bias_and_bn=not student.decay_norm_and_bias,
-        **fused | student.optimizer_args,
-    )
+    name = student.optimizer
+    arguments = ({"fused": True} if name in FUSED else {}) | student.optimizer_args
+    try:
+        return create_optimizer_v2(
+            module,
+            opt=name,
+            lr=student.lr,
+            weight_decay=student.weight_decay,
+            filter_bias_and_bn=not student.decay_norm_and_bias,
+            **arguments,
+        )
+    except Exception as error:  # the constructors of a hundred optimizers raise anything
+        known = list_optimizers()
+        near = difflib.get_close_matches(name, known, n=1) if name not in known else []
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"optimizer {name!r} cannot be built with {arguments}: {error}{hint}") from error
 
 
 def start_momentum(optimizer):

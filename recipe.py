@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -45,6 +46,7 @@ T = TypeVar("T")
 Count = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 Whole = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Real = Annotated[float, BeforeValidator(_exact)]
+Pixels = Annotated[int, Field(ge=1, le=4096)]
 Number = Annotated[Real, Field(ge=0)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -104,7 +106,7 @@ class Data:
     train_size: Count | None  # images of the training split: compared with the data, needed for a stream
     streaming: bool
     shuffle_buffer: Whole  # images held to shuffle a stream; 0 for other data, which is shuffled whole
-    size: Count  # pixels, square
+    size: Pixels  # square
     crop: Annotated[PadCrop | ResizedCrop, Field(discriminator="kind")]
     hflip: Share
     rand_augment: Text | None  # timm's notation, "rand-m7-mstd0.5"
@@ -130,7 +132,7 @@ class Teacher:
 
     model: Text | None = None
     model_args: dict | None = None
-    size: Count | None = None  # pixels; batches are resized to it on the device. null: they are not resized
+    size: Pixels | None = None  # batches are resized to it on the device. null: they are not resized
     taps: NonEmpty[Whole] | None = None  # indices of timm's forward_intermediates. null: see models.py
     preactivation: bool = False  # features from before the last activation of their stage (ResNets)
     pretrained: bool = False
@@ -256,6 +258,8 @@ def read_json(path, max_bytes=MAX_BYTES):
     """The JSON in a file; RecipeError if it cannot be read, is too large, too deep or not strict JSON."""
     path, name = Path(path), _printable(path)
     try:
+        if os.path.exists(path) and not path.is_file():  # a FIFO would be waited for
+            raise RecipeError(f"{name}: not a file")
         with open(path, "rb") as file:
             raw = file.read(max_bytes + 1)
     except OSError as error:

@@ -34,6 +34,9 @@ NAMES_SHOWN = 10  # of classes in an error message
 REASONS_SHOWN = 20  # of broken images in an error message
 
 
+READ_ROWS = 32  # at once, of a stream
+
+
 class DataError(ValueError):
     """The data cannot be used as the recipe says; the message says what was found and what to do."""
 
@@ -102,26 +105,38 @@ def _splits(source, streaming):
             splits = {name: rows.to_iterable_dataset(DIGITS_SHARDS) for name, rows in splits.items()}
         return splits, {}
 
-    local = Path(source).is_dir()
+    local = os.path.isdir(source)  # False, unlike pathlib's, for a name that is too long
     if not local and source.count("/") != 1:
         raise DataError(
             f"{source}: not a folder, not a data set's name on the hub ('owner/name'), not 'digits'"
         )
     try:
         builder = datasets.load_dataset_builder(source)
+        if local and builder.dataset_name is not None and builder.name == "imagefolder":
+            _refuse_line_breaks(source)
         data_files = builder.config.data_files or {}
         files = {str(name): [str(file) for file in listed] for name, listed in data_files.items()}
         if streaming:
             return builder.as_streaming_dataset(), files
         builder.download_and_prepare()
         return builder.as_dataset(), files
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+    except DataError:
+        raise
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
         hint = "; to work offline, download its parquet files and pass their folder with --data DIR"
         raise DataError(
             f"{source}: cannot be loaded as images: {error.__cause__ or error}{'' if local else hint}"
         ) from error
     except ValueError as error:
         raise DataError(f"{source}: not a data set of images that `datasets` can read: {error}") from error
+
+
+def _refuse_line_breaks(folder):
+    """DataError for a file with a line break in its name, which `datasets` would leave out without a word."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if "\n" in name and _is_image(name):
+                raise DataError(f"{os.path.join(parent, name)!r}: a line break in a file's name: rename it")
 
 
 @functools.cache
@@ -275,6 +290,26 @@ def first_lines(lines):
     return "\n".join(lines[:REASONS_SHOWN] + more)
 
 
+def shard_rows(split, shard, source):
+    """The rows of one shard of a stream; DataError where it cannot be read."""
+    with readable(source):
+        # .iter, because __iter__ in a worker process would divide this one shard among the workers again
+        for columns in split.rows.shard(split.rows.num_shards, shard).iter(batch_size=READ_ROWS):
+            yield from rows_of(columns)
+
+
+@contextlib.contextmanager
+def readable(source):
+    """A truncated or foreign file of a source is a DataError, whatever the reader in between raises."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"{source}: a file cannot be read: {reason}") from error
+
+
 def rows_of(columns):
     """{column: values} -> {column: value} for each row."""
     for values in zip(*columns.values(), strict=True):
@@ -363,7 +398,8 @@ def _declared_classes(files, label, split):
             return None  # a table beside the images has the labels
         return folders
     if files and files[0].endswith(".parquet") and Path(files[0]).is_file():
-        return _class_names(datasets.Features.from_arrow_schema(pq.read_schema(files[0])), label)
+        with readable(files[0]):
+            return _class_names(datasets.Features.from_arrow_schema(pq.read_schema(files[0])), label)
     return None
 
 
@@ -397,13 +433,13 @@ def shard_lengths(split):
 
 
 def _rows_of_parquet(file):
-    with fsspec.open(file, "rb") as opened:
+    with readable(file), fsspec.open(file, "rb") as opened:
         return pq.read_metadata(opened).num_rows
 
 
 def _rows_of_tar(file):
     """Samples of a webdataset shard, whose members agree in their names up to the first dot."""
-    with tarfile.open(file) as tar:
+    with readable(file), tarfile.open(file) as tar:
         return len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
 
 

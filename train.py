@@ -34,6 +34,7 @@ import launch
 import models
 import optim
 import recipe
+import rundir
 import sources
 from evaluate import accuracy, to_float
 from log import Log, count_parameters, export_students, plan, summary, write_result
@@ -192,6 +193,7 @@ def prepare(path, overrides, out, options, lead):
         settings.data, batch_size=settings.batch_size, batch_size_per_process=per_process, **place
     )
     test_loader = data.test_loader(settings.data, batch_size=per_process, **place)
+    augment.try_views(settings.data)
     network, teacher, exported = None, None, None
     if settings.teacher and settings.teacher.recipe:
         network, teacher, exported = prepare_teacher(settings, path, out, options, lead)
@@ -203,6 +205,10 @@ def prepare(path, overrides, out, options, lead):
             )
         torch.manual_seed(settings.seed)  # an untrained teacher is the same on every process
         network = distill.build_teacher(settings.teacher, settings.data)
+    if network and loader.split.names:
+        names = teacher.loader.split.names if teacher else models.label_names(network)
+        if names:
+            models.check_same_classes(names, loader.split.names, "the teacher")
     students = build_students(settings, network, loader)
     return Prepared(settings, out, loader, test_loader, students, network, teacher, exported)
 
@@ -210,7 +216,7 @@ def prepare(path, overrides, out, options, lead):
 def prepare_teacher(settings, path, out, options, lead):
     """(network, Prepared or None, exported folder) of a teacher that another recipe trains, beside `out`."""
     path_of_teacher = Path(settings.teacher.recipe)
-    if not path_of_teacher.exists():
+    if not os.path.isfile(path_of_teacher):  # False, unlike pathlib's, for a name that is too long
         path_of_teacher = Path(path).parent / settings.teacher.recipe
     options = dataclasses.replace(options, students=None, overwrite=False)
     wanted = load(path_of_teacher, [], options)
@@ -224,11 +230,12 @@ def prepare_teacher(settings, path, out, options, lead):
             f"{settings.data.classes}"
         )
     folder, name = out.parent / path_of_teacher.stem, wanted.students[0].name
+    if not finished(folder, None):
+        folder = out.parent / (path_of_teacher.stem + limit_suffix(options))
+    refuse_other_teacher(folder, wanted, path_of_teacher)
     if finished(folder, None):
-        note_differences(folder, wanted, path_of_teacher, lead)
         exported = folder / "students" / name
         return models.load_exported(exported)[0], None, exported
-    folder = out.parent / (path_of_teacher.stem + limit_suffix(options))
     teacher = prepare(path_of_teacher, [], folder, dataclasses.replace(options, resume=folder.exists()), lead)
     return teacher.students[0][0].net, teacher, folder / "students" / name
 
@@ -240,7 +247,10 @@ def build_students(settings, teacher, loader):
         taps = distill.teacher_taps(settings, teacher)
         shapes = teacher.shapes(settings.data.size, taps, settings.teacher.preactivation)
         labels = loader.labels()
-    return [distill.build_student(settings, student, shapes, labels) for student in settings.students]
+    built = [distill.build_student(settings, student, shapes, labels) for student in settings.students]
+    for student, (module, _) in zip(settings.students, built, strict=True):
+        distill.try_losses(module, student, settings.data, shapes, loader.smallest_batch)
+    return built
 
 
 def execute(prepared, options, lead):
@@ -252,9 +262,10 @@ def execute(prepared, options, lead):
     locks = []
     if lead.is_main_process:
         for seed, folder in folders.items():
-            locks.append(checkpoint.lock(folder))
+            locks.append(rundir.lock(folder))
             of_seed = dataclasses.replace(settings, seed=seed, runs=1)
-            checkpoint.open_folder(folder, of_seed, resume=options.resume, overwrite=options.overwrite)
+            how = dict(resume=options.resume, overwrite=options.overwrite, limit=options.limit)
+            rundir.open_folder(folder, of_seed, **how)
     lead.wait_for_everyone()
     teacher, teacher_scores = make_teacher(prepared, options, lead) if settings.teacher else (None, None)
     results = []
@@ -332,12 +343,20 @@ def limit_suffix(options):
     return f"-limit{options.limit}" if options.limit else ""
 
 
-def note_differences(folder, wanted, path, lead):
-    """Say what differs between the recipe of a finished teacher and the one that is asked for."""
-    changes = checkpoint.differences(recipe.load(folder / "recipe.json"), wanted)
+def refuse_other_teacher(folder, wanted, path):
+    """RecipeError where the teacher in a folder was trained with other settings, or on other data."""
+    if not (folder / "recipe.json").exists():
+        return
+    trained = recipe.load(folder / "recipe.json")
+    changes = rundir.differences(trained, wanted)
+    before, now = trained.data.source, wanted.data.source
+    if before != now and os.path.realpath(before) != os.path.realpath(now):
+        changes.append(f"data.source: {json.dumps(before)} -> {json.dumps(now)}")
     if changes:
-        lead.print(
-            f"note: the teacher in {folder} was trained with other settings than {path}: {'; '.join(changes)}"
+        lines = "\n  ".join(changes)
+        raise recipe.RecipeError(
+            f"{folder}: this teacher was trained with other settings than {path} has now:\n  {lines}\n"
+            f"Choose another --out, beside which a teacher is trained anew, or remove {folder}"
         )
 
 
@@ -345,9 +364,8 @@ def finished(folder, limit):
     """The result of a run that reached its end (or `limit` steps), or None."""
     if not (folder / "result.json").exists():
         return None
-    result = recipe.read_json(folder / "result.json", checkpoint.MAX_STATE_BYTES)
-    complete = result["limit"] is None or (limit is not None and result["steps"] >= limit)
-    return result if complete else None
+    result = rundir.read_checked(folder / "result.json", rundir.RESULT)
+    return result if result["limit"] in (None, limit) else None
 
 
 # ---------------------------------------------------------------- command line
@@ -385,8 +403,9 @@ def main(arguments=None):
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     add("--overwrite", action="store_true", help="delete the run in --out and start again")
     trial = "a trial: stop after so many steps, evaluate on so many batches"
-    add("--limit", type=_positive, metavar="STEPS", help=trial)
-    add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="loader processes per process")
+    add("--limit", type=whole_number(1), metavar="STEPS", help=trial)
+    processes = min(os.cpu_count() or 1, 8)
+    add("--workers", type=whole_number(0), default=processes, help="loader processes per process")
     args = parser.parse_args(arguments)
     options = Options(args.data, args.students, args.limit, args.resume, args.overwrite, args.workers)
     out = args.out or Path("runs") / (args.recipe.stem + limit_suffix(options))
@@ -398,23 +417,23 @@ def main(arguments=None):
         _exit(error, 2)
     except launch.TrainingError as error:
         _exit(error, error.exit_code)
-    except RuntimeError as error:
-        if not (death := data.dead_worker(error)):
-            raise
-        _exit(death, 2)
     Accelerator().end_training()
 
 
 def _exit(error, code):
-    print(f"error: {error}", file=sys.stderr)
+    print(f"\nerror: {error}\n", file=sys.stderr)  # `accelerate launch` prints a traceback of its own below
     sys.exit(code)
 
 
-def _positive(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def whole_number(least):
+    """A type for argparse."""
+
+    def convert(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
+        return int(text)
+
+    return convert
 
 
 if __name__ == "__main__":

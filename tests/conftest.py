@@ -1,16 +1,22 @@
 """Shared by the tests: a tiny recipe on the embedded digits, runs of it, and where the real data lies."""
 
 import copy
+import hashlib
+import itertools
 import json
 import os
+import shutil
+import signal
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before `datasets` is imported: no test may wait for a network
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring, and test runs share the cores
 
@@ -71,6 +77,7 @@ RECIPE = {
     "students": [dict(STUDENT, name="alone", soft=None)],
     "log_every": 5,
 }
+STREAM = dict(data__streaming=True, data__train_size=898, data__drop_last=True, data__shuffle_buffer=64)
 
 
 @pytest.fixture(scope="session")
@@ -129,6 +136,15 @@ def distilled(teacher_file, **changes):
     return {"teacher": teacher, "students": students} | changes
 
 
+def photos(folder, classes, images=6):
+    """A folder of class folders, train/ and val/, with plain pictures of 8 pixels; returns its path."""
+    for place in (folder / split / name for split in ("train", "val") for name in classes):
+        place.mkdir(parents=True)
+        for i in range(images):
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(place / f"{i}.png")
+    return folder
+
+
 # ---------------------------------------------------------------- runs of train.py
 
 
@@ -138,6 +154,26 @@ def run(path, out, *arguments, workers=0):
 
     train.main([str(path), "--out", str(out), "--workers", str(workers), *map(str, arguments)])
     return json.loads((out / "result.json").read_text())
+
+
+def run_until(step, path, out, *arguments, workers=0):
+    """Train a recipe in this process until SIGTERM arrives in this optimizer step, which ends in a checkpoint."""
+    import launch
+
+    steps, agreed = itertools.count(newest(out) + 1), launch.Signals.agreed
+
+    def with_signal(signals):
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agreed(signals)
+
+    code = 0
+    with mock.patch.object(launch.Signals, "agreed", with_signal):
+        try:
+            run(path, out, *arguments, workers=workers)
+        except SystemExit as end:  # not pytest.raises, which keeps the frames and with them the folder's lock
+            code = end.code
+    assert code == 128 + signal.SIGTERM and newest(out) == step
 
 
 def stopped(capsys, path, out, *arguments):
@@ -155,9 +191,9 @@ def rows(out):
 
 def saved(out):
     """The complete checkpoints of a run, oldest first."""
-    import checkpoint
+    import rundir
 
-    return checkpoint.checkpoints(out)
+    return rundir.checkpoints(out)
 
 
 def newest(out):
@@ -205,3 +241,32 @@ def forked(function):
 
 def exit_code(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory, teacher_file):
+    """(recipe, folder of a whole run, folder of one that stopped at step 9)."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    path = write(folder / "r.json", **distilled(teacher_file, epochs=1, save_every=2, log_every=3))
+    run(path, folder / "whole")
+    run_until(9, path, folder / "parts")
+    return path, folder / "whole", folder / "parts"
+
+
+@pytest.fixture
+def copied(interrupted, tmp_path):
+    """(recipe, folder of the whole run, a copy of the folder of the one that stopped)."""
+    path, whole, parts = interrupted
+    shutil.copytree(parts, tmp_path / "out")
+    return path, whole, tmp_path / "out"
+
+
+def rewrite(folder, name, change):
+    """Change a JSON file of a checkpoint, and its digest in the manifest."""
+    tree = json.loads((folder / name).read_text())
+    change(tree)
+    (folder / name).write_text(json.dumps(tree))
+    if name != "manifest.json":
+        content = (folder / name).read_bytes()
+        digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        rewrite(folder, "manifest.json", lambda manifest: manifest["files"].update({name: digest}))

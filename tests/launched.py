@@ -1,5 +1,6 @@
 """What test_distributed.py launches: train.py as it is, then what each process has seen, as JSON in $REPORT/RANK.json."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import distill
 import launch
 import train
 
-written, runs, calls = [], [], []
+written, runs, calls, steps = [], [], [], []
 out = str(Path(sys.argv[sys.argv.index("--out") + 1]).resolve())
 
 
@@ -33,6 +34,14 @@ def fail(teacher, images, original=distill.Teacher.__call__):
     return original(teacher, images)
 
 
+def stop(signals, agreed=launch.Signals.agreed):
+    """SIGTERM arrives in the step $STOP_AFTER of this launch."""
+    steps.append(1)
+    if len(steps) == int(os.environ["STOP_AFTER"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return agreed(signals)
+
+
 def remember_run(settings, loader, teacher, students, log, *rest, original=train.train):
     runs.append((students, log.lead))
     original(settings, loader, teacher, students, log, *rest)
@@ -42,10 +51,14 @@ sys.addaudithook(remember_writes)
 train.train = remember_run
 if "FAIL" in os.environ:
     distill.Teacher.__call__ = fail
-launch.ELEMENTWISE |= set(
-    os.environ.get("ALSO_ELEMENTWISE", "").split()
-)  # shows what check_deepspeed prevents
-train.main()
+# shows what check_deepspeed prevents
+launch.ELEMENTWISE |= set(os.environ.get("ALSO_ELEMENTWISE", "").split())
+if "STOP_AFTER" in os.environ:
+    launch.Signals.agreed = stop
+    with contextlib.suppress(SystemExit):
+        train.main()
+else:
+    train.main()
 
 students, lead = runs[0]
 digests = {}

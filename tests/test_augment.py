@@ -156,6 +156,13 @@ def test_16_bit_greys_are_scaled_not_clipped(kind, values):
     assert pixels.shape == (4, 5, 3) and pixels[2, :, 1].tolist() == [0, 0, 1, 156, 255]
 
 
+def test_floating_point_pixels_are_refused():
+    """PIL would clip them to whole numbers: an image of 0 to 1 would be black."""
+    content = encoded(Image.fromarray(np.random.default_rng(0).random((4, 4), np.float32)), "TIFF")
+    with pytest.raises(augment.BrokenImage, match="floating-point pixels, expected integers"):
+        augment.decode(content)
+
+
 @pytest.mark.parametrize("value", [-1, 65536])
 def test_greys_of_unknown_range_are_refused(value):
     content = encoded(Image.fromarray(np.full((4, 4), value, dtype=np.int32)), "TIFF")

@@ -1,11 +1,10 @@
-"""checkpoint.py: atomic files, a run's folder and its lock, what may change on resume, damaged and older checkpoints."""
+"""checkpoint.py: what a checkpoint holds, damaged, forged and older ones, kills inside of a save."""
 
 import hashlib
 import json
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import safetensors.torch
@@ -13,14 +12,14 @@ import torch
 from conftest import (
     STUDENT,
     assert_same_run,
-    distilled,
     exit_code,
     final_state,
     forked,
-    make_recipe,
     newest,
+    rewrite,
     rows,
     run,
+    run_until,
     saved,
     stopped,
     write,
@@ -28,45 +27,9 @@ from conftest import (
 
 import checkpoint
 import recipe
-
-
-def small(teacher_file, **changes):
-    return distilled(teacher_file, epochs=1, save_every=2, log_every=3) | changes
-
-
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory, teacher_file):
-    """(recipe, folder of a whole run, folder of one that stopped at step 9)."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    path = write(folder / "r.json", **small(teacher_file))
-    run(path, folder / "whole")
-    run(path, folder / "parts", "--limit", "9")
-    return path, folder / "whole", folder / "parts"
-
-
-@pytest.fixture
-def copied(interrupted, tmp_path):
-    """(recipe, folder of the whole run, a copy of the folder of the one that stopped)."""
-    path, whole, parts = interrupted
-    shutil.copytree(parts, tmp_path / "out")
-    return path, whole, tmp_path / "out"
-
+import rundir
 
 # ---------------------------------------------------------------- files
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    """Also where the process dies before the new text is in place; nothing else is left in the folder."""
-    file = tmp_path / "größe.json"
-    checkpoint.write_atomic(file, "old ü")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: os.kill(os.getpid(), signal.SIGKILL))
-        assert exit_code(forked(lambda: checkpoint.write_atomic(file, "new"))) == -signal.SIGKILL
-    assert file.read_text(encoding="utf-8") == "old ü"
-    checkpoint.write_atomic(file, "new")
-    assert file.read_text() == "new"
-    with pytest.raises(FileNotFoundError):
-        checkpoint.write_atomic(tmp_path / "no" / "file", "x")
 
 
 def test_tensors_that_share_memory_are_written_each(tmp_path):
@@ -104,146 +67,6 @@ def test_the_state_of_an_optimizer_survives_files(tmp_path):
             assert torch.equal(value, after[key]) if torch.is_tensor(value) else value == after[key]
 
 
-# ---------------------------------------------------------------- the folder of a run
-
-
-def test_a_folder_is_one_runs_until_its_process_ends(tmp_path, capsys):
-    path, out = write(tmp_path / "r.json", epochs=1), tmp_path / "out"
-
-    def hold():
-        held = checkpoint.lock(out)
-        (tmp_path / "held").touch()
-        time.sleep(60)
-        held.close()
-
-    holder = forked(hold)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
-    code, message = stopped(capsys, path, out, "--overwrite")
-    assert code == 2 and f"another run holds it: process {holder} on" in message
-    os.kill(holder, signal.SIGKILL)
-    exit_code(holder)
-    run(path, out, "--limit", 1)
-
-
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path, capsys):
-    path, out = write(tmp_path / "r.json", epochs=1), tmp_path / "out"
-    first = run(path, out)
-    code, message = stopped(capsys, path, out)
-    assert (
-        code == 2
-        and f"{out}: holds a run: continue it with --resume or replace it with --overwrite" in message
-    )
-    assert json.loads((out / "result.json").read_text()) == first
-    changed = write(tmp_path / "changed.json", epochs=1, seed=5, students__0__lr=0.07)
-    code, message = stopped(capsys, changed, out, "--resume")
-    assert code == 2 and "seed: 1 -> 5" in message and "students.0.lr: 0.05 -> 0.07" in message
-    assert run(changed, out, "--overwrite")["seed"] == 5
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("x")
-    for flag in ("--overwrite", "--resume"):
-        code, message = stopped(capsys, path, tmp_path / "mine", flag)
-        assert code == 2 and "not empty, and not the folder of a run (no recipe.json)" in message
-    assert (tmp_path / "mine" / "thesis.tex").exists()
-
-
-@pytest.mark.parametrize(
-    "name", [".lock", "metrics.jsonl", "checkpoints", "tensorboard", "students/kd", "recipe.json"]
-)
-def test_a_symbolic_link_in_a_resumed_folder_is_refused(name, copied, tmp_path, capsys):
-    """It could lead anywhere: whoever made the folder would have a file of the user's written to."""
-    path, _, out = copied
-    target, link = tmp_path / "elsewhere", out / name
-    if link.is_dir():
-        shutil.copytree(link, target)
-        shutil.rmtree(link)
-    else:
-        target.write_bytes(link.read_bytes())
-        link.unlink()
-    link.symlink_to(target)
-    before = {p: p.read_bytes() for p in [target, *target.rglob("*")] if p.is_file()}
-    code, message = stopped(capsys, path, out, "--resume")
-    assert code == 2 and str(link) in message and ("symbolic link" in message or name == ".lock")
-    assert {p: p.read_bytes() for p in [target, *target.rglob("*")] if p.is_file()} == before
-
-
-def test_a_link_inside_of_a_checkpoint_is_refused_too(copied, tmp_path, capsys):
-    path, _, out = copied
-    file = saved(out)[-1] / "kd.safetensors"
-    shutil.move(file, tmp_path / "moved")
-    file.symlink_to(tmp_path / "moved")
-    code, message = stopped(capsys, path, out, "--resume")
-    assert code == 2 and f"{file}: a symbolic link" in message
-
-
-def test_the_folder_itself_may_be_a_link(copied, tmp_path):
-    """runs/ on a larger disk."""
-    path, whole, out = copied
-    (tmp_path / "link").symlink_to(out)
-    run(path, tmp_path / "link", "--resume")
-    assert_same_run(whole, out)
-
-
-def test_overwrite_removes_links_and_not_what_they_point_to(tmp_path):
-    path, out, mine = write(tmp_path / "r.json", epochs=1), tmp_path / "out", tmp_path / "mine"
-    run(path, out, "--limit", 1)
-    mine.mkdir()
-    (mine / "thesis.tex").write_text("x")
-    (out / "link").symlink_to(mine)
-    run(path, out, "--overwrite", "--limit", 1)
-    assert (mine / "thesis.tex").exists() and not (out / "link").is_symlink()
-
-
-# ---------------------------------------------------------------- resume with another recipe
-
-
-def two_students():
-    teacher = {"model": "cifar_resnet8", "checkpoint": "x.pth"}
-    return dict(students=[dict(STUDENT, name="alone", soft=None), STUDENT], teacher=teacher)
-
-
-@pytest.mark.parametrize(
-    "changes, allowed",
-    [
-        (dict(log_every=7), True),
-        (dict(save_every=9, evaluate_every=2), True),
-        (dict(about="Said better."), True),
-        (dict(data__max_broken=0.5), True),
-        (dict(data__source="/elsewhere/digits"), True),
-        (dict(students__1__grad_checkpointing=True), True),
-        (dict(students__1__paper={"table": "9"}), True),
-        (dict(epochs=9), False),
-        (dict(seed=2), False),
-        (dict(batch_size=32, batch_size_per_process=32), False),
-        (dict(students__1__lr=0.5), False),
-        (dict(students__1__soft__args__temperature=2.0), False),
-        (dict(students__1__model_args={"widths": [4, 4, 8, 16]}), False),
-        (dict(data__classes=11), False),
-        (dict(data__hflip=0.5), False),
-        (dict(data__fraction=0.5), False),
-        (dict(teacher__checkpoint="y.pth"), False),
-    ],
-    ids=str,
-)
-def test_what_may_change_on_resume(changes, allowed):
-    """The message names the key, the old value and the new one; the digest in a manifest agrees."""
-    old, new = make_recipe(**two_students()), make_recipe(**two_students() | changes)
-    lines = checkpoint.differences(old, new)
-    assert bool(lines) != allowed and (allowed or " -> " in lines[0])
-    assert (checkpoint.settings_digest(old) == checkpoint.settings_digest(new)) == allowed
-
-
-def test_a_run_from_before_a_key_existed_goes_on(tmp_path):
-    """What a key's default says is what the run did: no difference. Keys that were removed since are dropped."""
-    path, out = write(tmp_path / "r.json", epochs=1), tmp_path / "out"
-    run(path, out, "--limit", 3)
-    begun = json.loads((out / "recipe.json").read_text())
-    del begun["data"]["fraction"], begun["students"][0]["grad_checkpointing"]
-    begun["data"]["rand_augment_on"] = "cpu"
-    (out / "recipe.json").write_text(json.dumps(begun))
-    assert run(path, out, "--resume")["steps"] == 15
-
-
 # ---------------------------------------------------------------- what a checkpoint is
 
 
@@ -260,20 +83,9 @@ def test_at_least_two_checkpoints_are_kept_and_hold_no_pickle(interrupted):
     assert set(manifest["files"]) == names - {"manifest.json"}
     expected = dict(schema=2, step=15, epoch=1.0, batch_size=64, processes=1)
     assert {key: manifest[key] for key in expected} == expected
-    assert manifest["settings_sha256"] == checkpoint.settings_digest(recipe.load(path))
+    assert manifest["settings_sha256"] == rundir.settings_digest(recipe.load(path))
     for folder in folders:
         assert checkpoint.problem_of(folder, recipe.load(path)) is None
-
-
-def rewrite(folder, name, change):
-    """Change a JSON file of a checkpoint, and its digest in the manifest."""
-    tree = json.loads((folder / name).read_text())
-    change(tree)
-    (folder / name).write_text(json.dumps(tree))
-    if name != "manifest.json":
-        content = (folder / name).read_bytes()
-        digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        rewrite(folder, "manifest.json", lambda manifest: manifest["files"].update({name: digest}))
 
 
 def damage(folder, kind):
@@ -322,7 +134,7 @@ DAMAGES = {
     "bad manifest": "manifest.json: not a JSON file",
     "escape": "manifest.json names '../../recipe.json', which is not a plain file of its folder",
     "bomb": "nested too deeply",
-    "not an object": "TypeError",
+    "not an object": "Input should be an object",
     "student not named": "manifest.json does not name dkd.safetensors",
     "state not named": "manifest.json does not name state.json",
     "other step in the manifest": r"the folder's name says step 9, its files \[8, 9\]",
@@ -373,11 +185,74 @@ def test_without_a_valid_checkpoint_the_run_does_not_start_over(copied, capsys):
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+def of_kd(**values):
+    return lambda state: state["students"]["kd"].update(values)
+
+
+@pytest.mark.parametrize(
+    "file, forge, message",
+    [
+        (
+            "state.json",
+            lambda s: s.update(metrics_bytes=10**12),
+            "at the newest checkpoint there were 1000000000000",
+        ),
+        ("state.json", lambda s: s.update(metrics_bytes=-1), "metrics_bytes: Input should be greater"),
+        (
+            "state.json",
+            lambda s: s.update(step=10**9),
+            "the folder's name says step 9, its files [9, 1000000000]",
+        ),
+        ("state.json", lambda s: s.update(seconds="x"), "seconds: Input should be a valid number"),
+        ("state.json", lambda s: s.update(clock=None), "clock: Input should be an object"),
+        ("state.json", lambda s: s.update(broken=[["a"]]), "broken.0"),
+        ("state.json", lambda s: s.update(students={}), "does not hold what this run needs ('alone')"),
+        ("state.json", of_kd(sums=[1.0]), "does not hold what this run needs (1 sums)"),
+        ("state.json", of_kd(skipped="x"), "students.kd.skipped: Input should be a valid integer"),
+        ("state.json", of_kd(last=[1]), "students.kd.last: Input should be an object"),
+        (
+            "state.json",
+            of_kd(optimizer={"state": {"0": {}}, "param_groups": {}}),
+            "does not hold what this run needs",
+        ),
+        ("manifest.json", lambda m: m.update(limit="x"), "limit: Input should be a valid integer"),
+        ("manifest.json", lambda m: m.update(files=[]), "files: Input should be an object"),
+    ],
+    ids=str,
+)
+def test_forged_values_end_in_a_message(file, forge, message, copied, capsys):
+    """A folder from others has right digests, whatever it says."""
+    path, _, out = copied
+    for folder in saved(out):
+        rewrite(folder, file, forge)
+    code, told = stopped(capsys, path, out, "--resume")
+    assert code == 1 and message in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: rows.unlink(), "0 bytes, at the newest checkpoint there were"),
+        (
+            lambda rows: rows.write_bytes(rows.read_bytes()[:50]),
+            "50 bytes, at the newest checkpoint there were",
+        ),
+        (lambda rows: rows.write_bytes(b"\xff" * 10_000), "metrics.jsonl: damaged ("),
+        (lambda rows: rows.write_text("[1]\n" * 9999), "metrics.jsonl: damaged ("),
+    ],
+    ids=["removed", "shortened", "garbage", "no rows"],
+)
+def test_a_log_that_is_not_the_runs_is_refused(change, message, copied, capsys):
+    path, _, out = copied
+    change(out / "metrics.jsonl")
+    code, told = stopped(capsys, path, out, "--resume")
+    assert code == 1 and message in told and "--overwrite" in told
+
+
 def test_removed_checkpoints_are_noticed(copied, capsys):
     """`rm -r checkpoints` and --resume would throw away the log: the run has saved, so it does not start over."""
     path, _, out = copied
     shutil.rmtree(out / "checkpoints")
-    (out / "result.json").unlink()
     before = (out / "metrics.jsonl").read_bytes()
     code, message = stopped(capsys, path, out, "--resume")
     assert code == 1 and "reaches step 9, but" in message and "checkpoints has no checkpoint" in message
@@ -436,13 +311,13 @@ def test_an_earlier_versions_own_lamb_is_refused(tmp_path, capsys):
     """Its moments had other names; timm's LAMB would start from nothing without a word."""
     student = dict(STUDENT, soft=None, optimizer="lamb", optimizer_args={}, lr=5e-3)
     path, out = write(tmp_path / "r.json", students=[student]), tmp_path / "out"
-    run(path, out, "--limit", 3)
+    run_until(3, path, out)
     folder = saved(out)[-1]
     file = folder / "kd.optimizer.safetensors"
     tensors = safetensors.torch.load_file(file)
     renamed = {k.replace("exp_avg_sq", "v").replace("exp_avg", "m"): v for k, v in tensors.items()}
     checkpoint.write_tensors(file, renamed)
-    digest = {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)}
+    digest = {"bytes": file.stat().st_size, "sha256": rundir.sha256(file)}
     rewrite(folder, "manifest.json", lambda manifest: manifest["files"].update({file.name: digest}))
     as_schema_1(folder, {})
     code, message = stopped(capsys, path, out, "--resume")
@@ -490,6 +365,6 @@ def test_resume_restores_any_optimizer(optimizer, arguments, tmp_path):
     student = dict(STUDENT, soft=None, optimizer=optimizer, optimizer_args=arguments, lr=5e-3, clip_grad=1.0)
     path = write(tmp_path / "r.json", students=[student])
     run(path, tmp_path / "whole")
-    run(path, tmp_path / "parts", "--limit", 20)
+    run_until(20, path, tmp_path / "parts")
     run(path, tmp_path / "parts", "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

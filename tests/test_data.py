@@ -290,6 +290,34 @@ def test_a_stream_of_class_folders_is_refused(small_sources):
         small(small_sources["mapped"], "stream")
 
 
+def truncated(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def damaged(file):
+    content = bytearray(file.read_bytes())
+    content[200:4000] = bytes(byte ^ 255 for byte in content[200:4000])
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        damaged,
+        lambda file: file.write_bytes(b"<html>404</html>" * 99),
+        lambda f: f.write_bytes(b""),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_cannot_be_read_is_told_in_a_line(damage, workers, tmp_path):
+    source = write_parquet(tmp_path / "p", WHOLE, shards=2)
+    damage(source / "train-00001-of-00002.parquet")
+    with pytest.raises(data.DataError, match="a file cannot be read: ") as error:
+        read(small(source, "stream", workers=workers), 0, 10)
+    assert "\n" not in str(error.value) and str(source) in str(error.value)
+
+
 def test_splits_with_other_classes_are_refused_before_training(tmp_path):
     class_folders(tmp_path, train=["ant", "bee"], val=["ant"])
     with pytest.raises(
@@ -1002,8 +1030,9 @@ def test_evaluation_of_a_resident_set_is_that_of_the_other_loader():
 @WORKERS
 def test_evaluation_never_skips(tmp_path, streaming, workers):
     source = write_parquet(tmp_path / "p", WHOLE | {17: BROKEN[17]}, "validation", shards=2)
-    with pytest.raises(data.DataError, match=r"image \d+ \(017.jpg\): cannot be decoded"):
+    with pytest.raises(data.DataError, match=r"^image \d+ \(017.jpg\): cannot be decoded: .*\)$") as error:
         list(evaluation(source, workers, **STREAM if streaming else {}))
+    assert "\n" not in str(error.value)  # also from a worker, to whose errors PyTorch adds its traceback
 
 
 def test_a_broken_test_image_of_a_resident_set_is_an_error(broken_source):

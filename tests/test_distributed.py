@@ -174,7 +174,7 @@ def test_a_run_of_two_processes_resumes_and_goes_on_with_one(tmp_path, teacher_f
     )
     launched(path, tmp_path / "whole", **on_cpu(2))
     for name in ("two", "one"):
-        launched(path, tmp_path / name, "--limit", "10", **on_cpu(2))
+        launched(path, tmp_path / name, **on_cpu(2), STOP_AFTER="10")
     launched(path, tmp_path / "two", "--resume", **on_cpu(2))
     assert distance(tmp_path / "whole", tmp_path / "two") == 0
     run(path, tmp_path / "one", "--resume")
@@ -270,7 +270,7 @@ def test_deepspeed_trains_what_one_process_does(stage, tmp_path, teacher_file):
     first, second = launched(path, tmp_path / "whole", **with_deepspeed(stage, tmp_path))
     assert first["kind"] == "DEEPSPEED" and first["world"] == 2 and first["digests"] == second["digests"]
     assert distance(tmp_path / "one", tmp_path / "whole") < 1e-4
-    launched(path, tmp_path / "parts", "--limit", "6", **with_deepspeed(stage, tmp_path))
+    launched(path, tmp_path / "parts", **with_deepspeed(stage, tmp_path), STOP_AFTER="6")
     launched(path, tmp_path / "parts", "--resume", **with_deepspeed(stage, tmp_path))
     assert distance(tmp_path / "whole", tmp_path / "parts") == 0
 
@@ -284,8 +284,8 @@ def test_a_deepspeed_checkpoint_is_for_any_stage_and_number_of_processes(tmp_pat
         **distilled(teacher_file, students=[adamw | {"lr": 1e-3}], batch_size_per_process=16, epochs=1),
     )
     run(path, tmp_path / "one")
-    launched(path, tmp_path / "parts", "--limit", "5", **with_deepspeed(1, tmp_path, n=2))
-    launched(path, tmp_path / "parts", "--limit", "10", "--resume", **with_deepspeed(2, tmp_path, n=1))
+    launched(path, tmp_path / "parts", **with_deepspeed(1, tmp_path, n=2), STOP_AFTER="5")
+    launched(path, tmp_path / "parts", "--resume", **with_deepspeed(2, tmp_path, n=1), STOP_AFTER="5")
     run(path, tmp_path / "parts", "--resume")
     assert distance(tmp_path / "one", tmp_path / "parts") < 1e-4
 

@@ -459,7 +459,10 @@ def test_a_transformer_of_another_size(tmp_path, capsys):
 def test_flags_out_of_range_are_refused(flags, run_folder, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate.main([str(run_folder), *flags])
-    assert caught.value.code == 2 and "expected pixels, a crop_pct in (0, 1]" in capsys.readouterr().err
+    assert (
+        caught.value.code == 2
+        and "expected 1 to 4096 pixels, a crop_pct in (0, 1]" in capsys.readouterr().err
+    )
 
 
 def test_a_config_with_another_kind_of_preprocessing_is_refused(student, capsys):

@@ -1,9 +1,10 @@
 """What can go wrong while a run is left alone: kills, signals, full disks, broken images, numbers that are not finite.
 
 Damaged checkpoints and locks are in test_checkpoint.py, the data's faults in test_data_faults.py, those of
-several processes in test_distributed.py. A longer soak: SOAK_KILLS=200 python -m pytest tests/test_faults.py -k soak
+several processes in test_distributed.py. A longer soak: SOAK_SIGNALS=200 python -m pytest tests/test_faults.py -k soak
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -20,6 +21,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    STREAM,
     STUDENT,
     assert_same_run,
     distilled,
@@ -28,6 +30,7 @@ from conftest import (
     forked,
     newest,
     run,
+    run_until,
     saved,
     stopped,
     write,
@@ -40,7 +43,7 @@ import launch
 import log
 import recipe
 
-KILLS = int(os.environ.get("SOAK_KILLS", 40))
+SIGNALS = int(os.environ.get("SOAK_SIGNALS", 10))
 
 
 def small(teacher_file, **changes):
@@ -83,31 +86,53 @@ def being_saved(out):
     return any((out / "checkpoints").glob(".tmp-*"))
 
 
-def test_a_soak_of_kills_ends_in_the_same_weights(tmp_path, teacher_file):
-    """SIGKILL at random moments of start, steps, saves and evaluations: weights, state and metrics as without."""
-    epochs = 1 + KILLS // 10
-    changes = small(teacher_file, epochs=epochs, save_every=1, evaluate_every=4)
+def in_a_group_of_its_own(*arguments, **named):
+    os.setsid()
+    run(*arguments, **named)
+
+
+def interrupt(group, how):
+    """End a run, at once or after it stood still."""
+    if how == "stop and kill":
+        os.kill(group, signal.SIGSTOP)
+        time.sleep(0.1)
+    if how == "stop, go on and kill":
+        os.killpg(group, signal.SIGSTOP)
+        time.sleep(0.1)
+        os.killpg(group, signal.SIGCONT)
+    if how == "terminate the group":
+        os.killpg(group, signal.SIGTERM)
+    if "kill" in how:
+        os.kill(group, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("changes, workers", [({}, 0), (STREAM, 2)], ids=["mapped", "streamed"])
+def test_a_soak_of_signals_ends_in_the_same_weights(changes, workers, tmp_path, teacher_file):
+    """At random moments of start, steps, saves and evaluations: weights, state and metrics as without."""
+    epochs = 2 + SIGNALS // 4
+    changes = small(teacher_file, students=[STUDENT], epochs=epochs, save_every=1, evaluate_every=4) | changes
     path = write(tmp_path / "r.json", **changes)
-    run(path, tmp_path / "whole")
-    out, chance, kills, unfinished = tmp_path / "killed", random.Random(0), 0, 0
+    run(path, tmp_path / "whole", workers=workers)
+    out, chance, sent, ends, unfinished = tmp_path / "interrupted", random.Random(0), [], set(), 0
     while not (out / "result.json").exists():
         start = newest(out)
-        pid = forked(lambda: run(path, out, "--resume"))
+        pid = forked(lambda: in_a_group_of_its_own(path, out, "--resume", workers=workers))
         # now and then before the first step, and now and then inside of a save
-        patience = time.monotonic() + (chance.random() * 2 if kills % 8 == 7 else 60)
-        while newest(out) == start and time.monotonic() < patience:
-            if os.waitpid(pid, os.WNOHANG) != (0, 0) or (kills % 4 == 2 and being_saved(out)):
-                break
+        early, inside = len(sent) % 8 == 7, len(sent) % 4 == 2
+        patience = time.monotonic() + (chance.random() * 2 if early else 60)
+        while newest(out) == start and time.monotonic() < patience and not (inside and being_saved(out)):
             time.sleep(0.001)
-        if kills < KILLS:
+        if len(sent) < SIGNALS:
             time.sleep(0 if being_saved(out) else chance.random() * 0.15)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
+            hows = ["kill", "stop and kill", "stop, go on and kill", "terminate the group"]
+            how = "kill" if inside else chance.choice(hows)
+            with contextlib.suppress(ProcessLookupError):  # it may not have its group yet, or be through
+                interrupt(pid, how)
+                sent.append(how)
+        ends.add(exit_code(pid))
         unfinished += being_saved(out)
-    print(f"{kills} kills, {unfinished} of them inside a save")
-    assert kills >= min(KILLS, 20) and unfinished
+    print(f"{collections.Counter(sent)}, {unfinished} inside a save, exit codes {ends}")
+    assert len(sent) >= min(SIGNALS, 6) and unfinished and ends <= {0, 143, -signal.SIGTERM, -signal.SIGKILL}
     assert_same_run(tmp_path / "whole", out)
     assert not list((out / "checkpoints").glob(".*"))
 
@@ -134,6 +159,19 @@ def test_sigterm_saves_and_exits_with_143(
     assert code == 143 and not (out / "result.json").exists() and newest(out) == expected
     run(path, out, "--resume")
     assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize("changes", [{}, STREAM], ids=["mapped", "streamed"])
+def test_sigterm_to_the_process_group_saves_and_exits_with_143(changes, tmp_path, teacher_file, monkeypatch):
+    """What batch systems, `timeout` and systemd send: the loader's workers leave it to the trainer."""
+    path = write(tmp_path / "r.json", **small(teacher_file, epochs=1, save_every=50) | changes)
+    run(path, tmp_path / "whole", workers=2)
+    with monkeypatch.context() as patch:
+        before_call(patch, distill.Teacher, "__call__", 5, lambda _: os.killpg(0, signal.SIGTERM))
+        code = exit_code(forked(lambda: in_a_group_of_its_own(path, tmp_path / "parts", workers=2)))
+    assert code == 143 and newest(tmp_path / "parts") == 5
+    run(path, tmp_path / "parts", "--resume", workers=2)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("times, step, code", [(1, 1, 130), (2, 0, 1)])
@@ -183,7 +221,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, teacher_file, whole)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
         run(path, out, "--resume")
 
-    run(path, out, "--limit", "6")
+    run_until(6, path, out)
     assert exit_code(forked(with_small_files)) == launch.EXIT_UNSAVED
     assert newest(out) == 6 and checkpoint.problem_of(saved(out)[-1], recipe.load(path)) is None
     assert not list((out / "checkpoints").glob(".tmp-*"))
@@ -257,7 +295,7 @@ def test_a_run_counts_its_broken_images(tmp_path, capsys):
     path = write(tmp_path / "r.json", **changes)
     whole = run(path, tmp_path / "whole", workers=2)
     assert capsys.readouterr().out.count("7.png") == 1
-    run(path, tmp_path / "parts", "--limit", "6")
+    run_until(6, path, tmp_path / "parts")
     parts = run(path, tmp_path / "parts", "--resume")
     assert whole["broken_images"] == parts["broken_images"] == 1
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -291,7 +329,7 @@ def test_a_step_without_a_finite_gradient_counts_as_one_of_zeros(tmp_path, teach
     for steps in (4, 5):
         with monkeypatch.context() as patch:
             poisoned(patch, {5})
-            run(path, tmp_path / str(steps), "--limit", steps)
+            run_until(steps, path, tmp_path / str(steps))
     (before, _), (after, state) = final_state(tmp_path / "4"), final_state(tmp_path / "5")
     settings = recipe.load(path)
     module, _ = distill.build_student(settings, settings.students[1])

@@ -30,9 +30,20 @@ IMPORTS = {
     "launch": {"recipe", "accelerate", "torch"},
     "evaluate": {"recipe", "sources", "data", "models", "accelerate", "datasets", "numpy", "timm", "torch"},
     "distill": {"launch", "losses", "models", "optim", "recipe", "timm", "torch"},
-    "checkpoint": {"launch", "recipe", "accelerate", "deepspeed", "safetensors", "timm", "torch"},
+    "rundir": {"recipe", "pydantic", "typing_extensions"},
+    "checkpoint": {
+        "launch",
+        "models",
+        "recipe",
+        "rundir",
+        "accelerate",
+        "deepspeed",
+        "pydantic",
+        "safetensors",
+    }
+    | {"timm", "torch", "typing_extensions"},
     "log": {
-        "checkpoint",
+        "rundir",
         "distill",
         "evaluate",
         "launch",
@@ -44,7 +55,7 @@ IMPORTS = {
     }
     | {"torch"},
     "train": {"augment", "checkpoint", "data", "distill", "evaluate", "launch", "log", "models", "optim"}
-    | {"recipe", "sources", "accelerate", "torch", "tqdm"},
+    | {"recipe", "rundir", "sources", "accelerate", "torch", "tqdm"},
 }
 ALONE = {"losses", "models"}  # copied into other projects: they import none of ours
 PYTHON = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]

@@ -315,7 +315,7 @@ def test_hostile_overrides(override, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["a\0b.json", "\ud800.json", "a\x1b.json", "x" * 5000, "."], ids=ascii)
 def test_hostile_paths(name, tmp_path):
-    with pytest.raises(recipe.RecipeError, match="cannot be read") as caught:
+    with pytest.raises(recipe.RecipeError, match=r"cannot be read|not a file") as caught:
         recipe.load(tmp_path / name)
     assert str(caught.value).isprintable()
 

@@ -411,3 +411,20 @@ def test_control_characters_of_a_file_name_are_escaped(tmp_path):
     (folder / "000.jpg").rename(folder / "000\x1b[31m\r.jpg")
     name = rows_of(tmp_path)[0].name
     assert r"000\x1b[31m\r.jpg)" in name and name.isprintable()
+
+
+def test_a_line_break_in_a_file_name_is_refused(tmp_path):
+    """`datasets` would leave the image out without a word."""
+    class_folders(tmp_path, train=["ant", "bee"], validation=["ant", "bee"])
+    (tmp_path / "train" / "bee" / "1.jpg").rename(tmp_path / "train" / "bee" / "1\n2.jpg")
+    with pytest.raises(sources.DataError, match="a line break in a file's name: rename it") as error:
+        sources.open_split(section(tmp_path, **COLUMNS), "train")
+    assert repr("1\n2.jpg")[1:-1] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folders_own_script_is_not_run(tmp_path):
+    write_parquet(tmp_path / "p", WHOLE)
+    (tmp_path / "p" / "p.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(sources.DataError, match="cannot be loaded as images: Dataset scripts are no longer"):
+        sources.open_split(section(tmp_path / "p", **COLUMNS), "train")
+    assert not (tmp_path / "ran").exists()

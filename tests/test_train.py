@@ -1,11 +1,11 @@
 """train.py: exact resume after stops and kills, students in company, teachers, recipes, errors before any work."""
 
-import contextlib
+import copy
+import functools
 import json
 import os
 import random
 import signal
-import time
 
 import datasets
 import numpy as np
@@ -16,16 +16,20 @@ import torch
 from conftest import (
     ROOT,
     SHARED,
+    STREAM,
     STUDENT,
     assert_same_run,
     distilled,
     exit_code,
     final_state,
     forked,
+    make_recipe,
     needs_imagenet,
     newest,
+    photos,
     rows,
     run,
+    run_until,
     saved,
     stopped,
     write,
@@ -33,13 +37,15 @@ from conftest import (
 from PIL import Image
 from test_distill import ARGS, VIT, WEIGHTS, hint
 
+import data
 import distill
+import launch
 import models
 import recipe
+import sources
 import train
 
 MIX = dict(data__mixup=0.2, data__cutmix=1.0, data__drop_last=True, data__rand_augment="rand-m7-mstd0.5")
-STREAM = dict(data__streaming=True, data__train_size=898, data__drop_last=True, data__shuffle_buffer=64)
 
 # ---------------------------------------------------------------- resume
 
@@ -53,31 +59,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(changes, workers, tmp_path, teac
     """With dropout and three students, stopped inside an epoch, a log interval and a save interval."""
     path = write(tmp_path / "r.json", **distilled(teacher_file, save_every=7, **changes))
     whole = run(path, tmp_path / "whole", workers=workers)
-    run(path, tmp_path / "parts", "--limit", 12, workers=workers)
+    run_until(12, path, tmp_path / "parts", workers=workers)
     assert rows(tmp_path / "parts") != rows(tmp_path / "whole")  # the comparison can fail
     parts = run(path, tmp_path / "parts", "--resume", workers=workers)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     for a, b in zip(parts["students"], whole["students"], strict=True):
         assert (a["last"], a["best"]) == (b["last"], b["best"])
     assert parts["steps"] == whole["steps"] and parts["limit"] is None
-
-
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path, teacher_file):
-    """SIGKILL at random moments, with workers, each time resumed, until it gets through."""
-    path = write(tmp_path / "r.json", **distilled(teacher_file, save_every=2, epochs=3, log_every=3))
-    run(path, tmp_path / "whole")
-    out, chance, kills = tmp_path / "killed", random.Random(2), 0
-    while not (out / "result.json").exists():
-        pid = forked(lambda: run(path, out, "--resume", workers=2))
-        goal = newest(out) + chance.randint(2, 8)
-        while newest(out) < goal and os.waitpid(pid, os.WNOHANG) == (0, 0):
-            time.sleep(0.002)
-        time.sleep(chance.random() * 0.2)  # somewhere in a step, a save, an evaluation
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it may be through
-            os.kill(pid, signal.SIGKILL)
-            kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
-    assert kills >= 4
-    assert_same_run(tmp_path / "whole", out)
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
@@ -89,7 +77,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
 
 def test_a_stream_is_resumed_with_as_many_readers(tmp_path, capsys):
     path, out = write(tmp_path / "r.json", **STREAM), tmp_path / "out"
-    run(path, out, "--limit", 3, workers=2)
+    run_until(3, path, out, workers=2)
     code, message = stopped(capsys, path, out, "--resume")
     assert code == 2 and "the order of a stream depends on its readers: resume with --workers 2" in message
 
@@ -101,7 +89,7 @@ def test_a_run_on_a_fraction_resumes_to_the_bit_and_says_so(tmp_path, teacher_fi
     whole = run(path, tmp_path / "whole")
     assert whole["steps"] == 10
     assert "  data: 269 images (0.3 of each class) of digits" in capsys.readouterr().out
-    run(path, tmp_path / "parts", "--limit", 4)
+    run_until(4, path, tmp_path / "parts")
     run(path, tmp_path / "parts", "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     code, message = stopped(capsys, path, tmp_path / "parts", "--resume", "--set", "data.fraction=0.5")
@@ -135,7 +123,7 @@ def test_the_losses_on_features_train_beside_a_logit_loss_and_resume_to_the_bit(
     changes = distilled(teacher_file, students=students, save_every=7, epochs=1)
     path = write(tmp_path / "r.json", **changes)
     whole = run(path, tmp_path / "whole")
-    run(path, tmp_path / "parts", "--limit", 9)
+    run_until(9, path, tmp_path / "parts")
     run(path, tmp_path / "parts", "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     first, *_, last = [row for row in rows(tmp_path / "whole") if "soft/crd" in row]
@@ -210,8 +198,52 @@ def test_a_teacher_given_as_a_recipe_is_trained_first_and_once(tmp_path, capsys)
         assert_same_run(runs / "r" / seed, runs / "second" / seed)
     capsys.readouterr()
     write(tmp_path / "t.json", students=[BIG], epochs=9)
-    run(path, runs / "third", "--limit", 1, "--set", "runs=1")
-    assert "t.json: epochs: 3 -> 9" in capsys.readouterr().out
+    code, message = stopped(capsys, path, runs / "third", "--set", "runs=1")
+    assert code == 2 and f"{runs / 't'}: this teacher was trained with other settings than" in message
+    assert "epochs: 3 -> 9" in message and not (runs / "third").exists()
+
+
+def test_a_teacher_of_other_data_is_refused(tmp_path, capsys):
+    """Data of another name, although finished or only begun; another spelling of the same folder is the same."""
+    few = dict(
+        data__classes=2, data__test_split="validation", batch_size=4, batch_size_per_process=4, epochs=1
+    )
+    folder = photos(tmp_path / "here", ["cat", "dog"])
+    photos(tmp_path / "other", ["cat", "dog"])
+    write(tmp_path / "t.json", students=[BIG], **few)
+    path = write(tmp_path / "r.json", teacher={"recipe": "t.json"}, students=[STUDENT], **few)
+    with pytest.raises(SystemExit):  # at chance level, but trained
+        run(path, tmp_path / "r", "--data", folder)
+    capsys.readouterr()
+    other = tmp_path / "other"
+    for _ in range(2):
+        code, message = stopped(capsys, path, tmp_path / "second", "--data", other)
+        assert code == 2 and f'data.source: "{folder}" -> "{other}"' in message
+        assert (
+            f"Choose another --out, beside which a teacher is trained anew, or remove {tmp_path / 't'}"
+            in message
+        )
+        (tmp_path / "t" / "result.json").unlink(missing_ok=True)
+    code, message = stopped(capsys, path, tmp_path / "second", "--data", tmp_path / "other" / ".." / "here")
+    assert "at chance level" in message
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path, capsys):
+    """Before anything is trained, where its recipe names its own data; and as an exported student."""
+    few = dict(
+        data__classes=2, data__test_split="validation", batch_size=4, batch_size_per_process=4, epochs=1
+    )
+    zoo = str(photos(tmp_path / "zoo", ["cat", "emu"]))
+    farm = str(photos(tmp_path / "farm", ["cat", "dog"]))
+    write(tmp_path / "t.json", students=[BIG], **few, data__source=zoo)
+    student = dict(teacher={"recipe": "t.json"}, students=[STUDENT])
+    path = write(tmp_path / "r.json", **student, **few, data__source=farm)
+    told = "the teacher and the data have different classes: the network has 2 classes, the data 2; only in the data: 'dog'"
+    code, message = stopped(capsys, path, tmp_path / "out")
+    assert code == 2 and told in message and not (tmp_path / "t").exists()
+    run(tmp_path / "t.json", tmp_path / "t")
+    code, message = stopped(capsys, path, tmp_path / "out")
+    assert code == 2 and told in message and not (tmp_path / "out").exists()
 
 
 def test_a_teacher_that_was_interrupted_is_continued(tmp_path, monkeypatch):
@@ -256,12 +288,20 @@ def test_a_teacher_recipe_must_fit(tmp_path, capsys):
     "changes, message",
     [
         (dict(students__0__model="resnet5O"), "timm has no model 'resnet5O', did you mean 'resnet50'?"),
-        (dict(students__0__optimizer="lamp"), "student 'alone': "),
+        (dict(students__0__optimizer="lamp"), "Optimizer lamp not found in registry, did you mean 'lamb'?"),
         (dict(students__0__optimizer_args={"momentun": 1}), "student 'alone': "),
         (dict(students__0__hard__loss="crossentropy"), "'crossentropy', did you mean 'cross_entropy'?"),
         (dict(students__0__model_args={"width": 3}), "unexpected keyword argument 'width'"),
         (dict(data__source="/no/where"), "/no/where: not a folder"),
         (dict(data__classes=7), "10 classes found, the recipe's data.classes is 7"),
+        (dict(data__source="x" * 5000), "x: not a folder"),
+        (dict(data__rand_augment="x"), "no training view can be made with size 8, rand_augment 'x'"),
+        (dict(seed=10**30), "seed: expected a number <= 9.22337e+18"),
+        (dict(students__0__optimizer_args={"foreach": "x"}), "optimizer 'sgd' cannot be built with {"),
+        (dict(students__0__model_args={"widths": [1]}), "cannot be built with {'widths': [1]}"),
+        (dict(students__0__model_args={"widths": [10**7] * 4}), "can't allocate memory"),
+        (dict(students__0__model_args={"features_only": True}), "'features_only' is not accepted"),
+        (dict(students__0__model_args={"drop_rate": "x"}), "cannot take images of 8x8"),
     ],
     ids=str,
 )
@@ -269,6 +309,71 @@ def test_errors_come_before_any_work(changes, message, tmp_path, capsys):
     code, text = stopped(capsys, write(tmp_path / "r.json", **changes), tmp_path / "out")
     assert code == 2 and message in text and not (tmp_path / "out").exists()
     assert ("student 'alone': " in text) == any(key.startswith("students") for key in changes)
+
+
+@pytest.mark.parametrize(
+    "loss, arguments, changes, message",
+    [
+        ("kd", {"temperature": 0}, {}, "temperature must be positive, got 0"),
+        ("dkd", {"temperature": -1.0}, {}, "temperature must be positive, got -1.0"),
+        ("dist", {"beta": [1, 2]}, {}, "loss 'dist': beta must be a number, got [1, 2]"),
+        ("bkl", {"reduction": "x"}, {}, "bkl: reduction must be 'mean' or 'sum', got 'x'"),
+        ("rkd", {}, dict(batch_size=1, batch_size_per_process=1), "it needs 2 or more"),
+        ("reviewkd", {}, dict(batch_size=1, batch_size_per_process=1), "it needs 2 or more"),
+        ("cc", {}, dict(batch_size=69, batch_size_per_process=69), "it needs 2 or more"),  # 898 = 13 * 69 + 1
+        ("cc", {"dim": 0}, {}, "dim must be positive, got 0"),
+        ("crd", {"negatives": 0}, {}, "negatives must be positive, got 0"),
+    ],
+)
+def test_losses_that_cannot_work_are_refused(
+    loss, arguments, changes, message, tmp_path, capsys, teacher_file
+):
+    """Before the teacher is trained or evaluated."""
+    soft = {"loss": loss, "weight": 1.0, "warmup_epochs": 0, "args": arguments}
+    changes = distilled(teacher_file, students=[dict(STUDENT, soft=soft)], **changes)
+    code, text = stopped(capsys, write(tmp_path / "r.json", **changes), tmp_path / "out")
+    assert code == 2 and "student 'kd': " in text and message in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_are_tried_without_a_trace(teacher_file):
+    """CRD's memory and the order of random numbers are as without."""
+    settings = make_recipe(**distilled(teacher_file, students=[hint("crd"), STUDENT]))
+    loader = data.TrainLoader(settings.data, batch_size=64, batch_size_per_process=64)
+    teacher = distill.build_teacher(settings.teacher, settings.data)
+    states = []
+    for tried in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not tried:
+                patch.setattr(distill, "try_losses", lambda *_: None)
+            built = train.build_students(settings, teacher, loader)
+        states.append([module.state_dict() for module, _ in built])
+    for one, other in zip(*states, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--workers", "-1"], "argument --workers: expected a whole number, 0 or more, got '-1'"),
+        (["--limit", "0"], "argument --limit: expected a whole number, 1 or more, got '0'"),
+        (["--limit", "1.5"], "argument --limit: expected a whole number, 1 or more, got '1.5'"),
+    ],
+)
+def test_numbers_of_the_command_line(flags, message, tmp_path, capsys):
+    code, text = stopped(capsys, write(tmp_path / "r.json"), tmp_path / "out", *flags)
+    assert code == 2 and message in text
+
+
+def test_files_that_are_no_recipes_are_refused(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path):
+        code, text = stopped(capsys, path, tmp_path / "out")
+        assert code == 2 and f"{path}: not a file" in text
+    for key, section in [("recipe", {}), ("checkpoint", {"model": "cifar_resnet8"})]:
+        path = write(tmp_path / "r.json", teacher={key: "x" * 5000} | section, students=[STUDENT])
+        code, text = stopped(capsys, path, tmp_path / "out")
+        assert code == 2 and ("File name too long" if key == "recipe" else "no such file") in text
 
 
 @pytest.mark.parametrize(
@@ -296,6 +401,93 @@ def test_resume_and_overwrite_exclude_each_other(tmp_path):
     with pytest.raises(SystemExit) as caught:
         train.main([str(write(tmp_path / "r.json")), "--resume", "--overwrite"])
     assert caught.value.code == 2 and os.environ.get("WORLD_SIZE") is None
+
+
+DIST = {"beta": 1.0, "gamma": 1.0, "temperature": 1.0}
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    10**30,
+    0.0,
+    1.0,
+    -0.5,
+    1e-9,
+    1e300,
+    "",
+    "x",
+    "kd",
+    "sgd",
+    "a\nb",
+    "../x",
+]
+VALUES += [
+    "/dev/zero",
+    "https://example.com/x.json",
+    "hf-hub:a/b",
+    "cifar_resnet8",
+    "é" * 5000,
+    [],
+    [0],
+    [1, 2],
+    {},
+]
+VALUES += [{"x": 1}, {"pretrained_cfg": {"url": "https://example.com/x"}}, {"widths": [1]}, [[]], {"": {}}]
+
+
+def branches(tree, path=()):
+    """The paths of all values in a JSON tree."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from branches(value, (*path, key))
+
+
+def mutated(tree, chance):
+    """A copy of a recipe with one to three values replaced, removed, renamed or copied from elsewhere."""
+    tree = copy.deepcopy(tree)
+    for _ in range(chance.randint(1, 3)):
+        paths = list(branches(tree))
+        *parents, key = chance.choice(paths)
+        node = functools.reduce(lambda node, step: node[step], parents, tree)
+        elsewhere = functools.reduce(lambda node, step: node[step], chance.choice(paths), tree)
+        how = chance.random()
+        if how < 0.6:
+            node[key] = chance.choice(VALUES)
+        elif how < 0.8:
+            node[key] = copy.deepcopy(elsewhere)
+        elif how < 0.9 or not isinstance(node, dict):
+            del node[key]
+        else:
+            node[f"{key}x"] = node.pop(key)
+    return tree
+
+
+def test_mutated_recipes_never_end_in_a_traceback(tmp_path, teacher_file):
+    """The whole dry run: loading, data, networks, losses, optimizers. Either all is built or one line says why not."""
+    chance, lead, built = random.Random(0), launch.make_accelerator(), 0
+    options = train.Options(data=None, students=None, limit=None, resume=False, overwrite=False, workers=0)
+    students = [
+        STUDENT,
+        hint("crd"),
+        dict(STUDENT, name="dist", soft={**STUDENT["soft"], "loss": "dist", "args": DIST}),
+    ]
+    whole = json.loads(write(tmp_path / "r.json", **distilled(teacher_file, students=students)).read_text())
+    for i in range(int(os.environ.get("FUZZ_RECIPES", 300))):
+        path = tmp_path / "r.json"
+        path.write_text(json.dumps(mutated(whole, chance)))
+        try:
+            train.prepare(path, [], tmp_path / "out", options, lead)
+            built += 1
+        except (recipe.RecipeError, sources.DataError, models.ModelError) as error:
+            assert len(str(error).splitlines()) < 100
+        except Exception as error:
+            pytest.fail(f"recipe {i}: {type(error).__name__}: {error}\n{path.read_text()}")
+    assert built >= 5 and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- what a run leaves behind
@@ -355,7 +547,14 @@ def generated(folder, section):
 def test_every_recipe_runs_two_steps(path, tmp_path):
     """On generated images, with an untrained teacher of another shape."""
     settings = RECIPES[path]
-    changes = ["batch_size=8", "batch_size_per_process=8", "data.train_size=null", "runs=1"]
+    size = min(settings.data.size, 64)
+    changes = [
+        "batch_size=8",
+        "batch_size_per_process=8",
+        "data.train_size=null",
+        "runs=1",
+        f"data.size={size}",
+    ]
     changes += [f"students.{i}.pretrained=false" for i in range(len(settings.students))]  # no hub in a test
     if settings.teacher:
         model, file = (
