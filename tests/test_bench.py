@@ -13,6 +13,7 @@ import losses
 
 sys.path.insert(0, str(ROOT / "tools"))
 import bench
+import harness
 
 SECTIONS = list(bench.SECTIONS)
 RUN_ALL = """
@@ -78,7 +79,7 @@ def made_up(name, seconds):
     comparison = {
         "title": name,
         "clock": "cpu",
-        "rows": [bench.row_of(way, rounds, "cpu") for way in rounds[0]],
+        "rows": [harness.row_of(way, rounds, "cpu") for way in rounds[0]],
     }
     for row in comparison["rows"]:
         row["peak_mb"] = 3.0
@@ -94,7 +95,7 @@ def test_a_later_file_replaces_the_sections_that_it_has(tmp_path):
     files = tmp_path / "a.json", tmp_path / "b.json"
     files[0].write_text(json.dumps({"step": made_up("slow", 4.0), "losses": made_up("loss", 0.5)}))
     files[1].write_text(json.dumps({"step": made_up("fast", 0.25)}))
-    text = bench.table(files)
+    text = harness.table(files)
     assert "slow" not in text
     assert "|  | second | 250 ms |  | 4.00 (4.00 to 4.00) | -750 ms | 3 MB |" in text
     assert "| loss (cpu time) | first | 1 s |  | 1.00 (1.00 to 1.00) | 0 us | 3 MB |" in text
@@ -104,7 +105,7 @@ def test_a_page_without_the_markers_is_refused(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("no table here")
     with pytest.raises(SystemExit, match="expected the lines '<!-- bench -->' and '<!-- /bench -->'"):
-        bench.write_table(page, "a table")
+        harness.write_table(page, "a table")
     assert page.read_text() == "no table here"
 
 
@@ -114,10 +115,10 @@ def test_a_ratio_is_the_median_of_the_ratios_within_a_round():
         {"first": measures(8.0), "second": measures(4.0, 8)},
         {"first": measures(1.0), "second": measures(4.0, 8)},
     ]
-    row = bench.row_of("second", rounds, "cpu")
+    row = harness.row_of("second", rounds, "cpu")
     assert (row["seconds"], row["ratio"], row["ratio_range"]) == (4.0, 2.0, [0.25, 2.0])
     assert (row["images_per_second"], row["difference"]) == (2.0, -0.5)
-    assert bench.row_of("second", rounds, "wall")["seconds"] == 9.0
+    assert harness.row_of("second", rounds, "wall")["seconds"] == 9.0
 
 
 def test_a_way_that_fails_is_named(tmp_path, capfd):
@@ -126,7 +127,7 @@ def test_a_way_that_fails_is_named(tmp_path, capfd):
 
     args = bench.argparse.Namespace(threads=1, small=True, device="cpu", rounds=1)
     with pytest.raises(SystemExit, match="the process of 'a bad way' ended; its traceback is above"):
-        bench.compare(bench.Comparison("one", {"a bad way": broken}), args)
+        harness.compare(harness.Comparison("one", {"a bad way": broken}), args)
     assert "ValueError: no such way" in capfd.readouterr().err
 
 

@@ -218,7 +218,7 @@ def of_kd(**values):
         ("manifest.json", lambda m: m.update(limit="x"), "limit: Input should be a valid integer"),
         ("manifest.json", lambda m: m.update(files=[]), "files: Input should be an object"),
     ],
-    ids=str,
+    ids=range(13),
 )
 def test_forged_values_end_in_a_message(file, forge, message, copied, capsys):
     """A folder from others has right digests, whatever it says."""

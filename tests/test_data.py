@@ -308,6 +308,7 @@ def damaged(file):
         lambda file: file.write_bytes(b"<html>404</html>" * 99),
         lambda f: f.write_bytes(b""),
     ],
+    ids=["truncated", "damaged", "foreign", "empty"],
 )
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_that_cannot_be_read_is_told_in_a_line(damage, workers, tmp_path):

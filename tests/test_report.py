@@ -202,7 +202,7 @@ def pixels(figure):
 
 
 def test_a_heat_map_has_the_first_models_layers_upwards(report):
-    figure = report.heat_map(a_map())
+    figure = report.figures.heat_map(a_map())
     drawn, axes = pixels(figure), figure.axes[0]
     found = {}
     for row in range(2):
@@ -215,13 +215,13 @@ def test_a_heat_map_has_the_first_models_layers_upwards(report):
     (_, low), (_, high) = axes.transData.transform([(0, 0), (0, 1)])
     assert low < high
     assert axes.get_ylabel() == "layers of <b>first</b>" and axes.get_xlabel() == "layers of second"
-    image = ElementTree.fromstring(report.svg(figure, "CKA of <b>first</b>"))
+    image = ElementTree.fromstring(report.figures.svg(figure, "CKA of <b>first</b>"))
     assert image.find(f"{SVG}title").text == "CKA of <b>first</b>"
 
 
 def test_seeds_are_a_mean_with_a_band(report):
     curves = {"kd": [[(1, 10.0), (2, 20.0)], [(1, 20.0), (2, 40.0)]], "alone": [[(1, 5.0), (2, 6.0)]]}
-    axes = report.chart("Top-1", curves, "epoch", teacher=50.0).axes[0]
+    axes = report.figures.chart("Top-1", curves, "epoch", teacher=50.0).axes[0]
     mean, alone, teacher = (line.get_ydata() for line in axes.lines)
     assert list(mean) == [15, 30] and list(alone) == [5, 6] and list(teacher) == [50, 50]
     (band,) = axes.collections
@@ -234,13 +234,15 @@ def test_seeds_are_a_mean_with_a_band(report):
     } <= corners  # plus and minus 5 and 10 times sqrt(2)
     assert [text.get_text() for text in axes.texts] == ["alone", "kd", "teacher"]
     apart = [[(1, 10.0), (2, 20.0)], [(1, 20.0), (3, 40.0)]]  # not of the same steps: no mean
-    axes = report.chart("Top-1", {"kd": apart}, "epoch").axes[0]
+    axes = report.figures.chart("Top-1", {"kd": apart}, "epoch").axes[0]
     assert [list(line.get_ydata()) for line in axes.lines] == [[10, 20], [20, 40]] and not axes.collections
 
 
 @pytest.mark.parametrize("ends", [(0, 10, 10, 10, 10), (0, 0, 0, 0, 10)])
 def test_names_at_the_ends_of_close_lines_do_not_overlap(ends, report):
-    figure = report.chart("Loss", {f"s{i}": [[(1, 5), (2, end)]] for i, end in enumerate(ends)}, "step")
+    figure = report.figures.chart(
+        "Loss", {f"s{i}": [[(1, 5), (2, end)]] for i, end in enumerate(ends)}, "step"
+    )
     pixels(figure)
     boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
     assert len(boxes) == 5 and all(a.y1 <= b.y0 for a, b in itertools.pairwise(boxes))
@@ -340,7 +342,7 @@ def test_the_points_are_drawn_where_they_are(report):
         gap | dict(fraction=share, method="dkd", mean=mean) for share, mean in ((0.1, 1.0), (1.0, -2.0))
     ]
     points.append(gap | dict(fraction=1.0, method="dist", mean=3.0, spread=0.5))
-    left, right = report.scale_figure(points).axes
+    left, right = report.figures.scale_figure(points, report.figure_1()).axes
     lines = {tuple(line.get_ydata()) for line in left.lines}
     assert {(1.0, -2.0), (3.0,)} <= lines and left.get_ylim() == right.get_ylim()
     assert (2.5,) in lines and (3.5,) in lines  # the ends of the error bar

@@ -35,7 +35,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # so that the tool runs from any folder
 
-import report  # noqa: E402
+import figures  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
@@ -249,7 +249,7 @@ def main(arguments=None):
 def write(out, result):
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_name(out.name + ".json").write_text(as_json(result))
-    picture = report.svg(report.heat_map(result), report.map_title(result))
+    picture = figures.svg(figures.heat_map(result), figures.map_title(result))
     out.with_name(out.name + ".svg").write_text(picture, encoding="utf-8")
 
 

@@ -20,7 +20,6 @@ import argparse
 import base64
 import collections
 import html
-import io
 import itertools
 import json
 import re
@@ -29,16 +28,13 @@ import sys
 import typing
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
 from pandas.io.formats.style import Styler
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # so that the tool runs from any folder
 
+import figures  # noqa: E402
 import paper  # noqa: E402
 
 import recipe  # noqa: E402
@@ -153,174 +149,6 @@ def curves_of(records, part, x, y):
     return curves
 
 
-# ---------------------------------------------------------------- figures
-
-matplotlib.rcParams |= {
-    "svg.fonttype": "none",  # text stays text: smaller, and readable for search and screen readers
-    "svg.hashsalt": "report",  # the same figure is the same file
-    "text.parse_math": False,  # a name with two dollar signs is no formula
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#dddddd",
-    "lines.linewidth": 1.5,
-}
-# Okabe and Ito's colours, which colour-blind people can tell apart; dashes, for prints without colours
-STYLES = {
-    "kd": ("#000000", "-"),
-    "dkd": ("#0072b2", "-"),
-    "dist": ("#d55e00", "--"),
-    "alone": ("#777777", ":"),
-    "rkd": ("#cc79a7", "-"),
-    "cc": ("#009e73", "--"),
-    "crd": ("#56b4e9", ":"),
-    "reviewkd": ("#b08900", "-."),
-}
-FIGURE_1 = {
-    "cifar-100": "CIFAR-100",
-    "imagenet-1k-30pct": "IN-1K 30 %",
-    "imagenet-1k-60pct": "IN-1K 60 %",
-    "imagenet-1k": "IN-1K",
-}
-
-
-def svg(figure, title):
-    """A figure as the text of an SVG file; `title` is what a screen reader says."""
-    text = io.StringIO()
-    unknown = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(text, format="svg", metadata=unknown | {"Title": printable(title, 200)})
-    return text.getvalue()
-
-
-def printable(value, length):
-    """Text for a figure, at most so long: what XML cannot hold is replaced, as names come from strangers."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value))
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def chart(title, curves, x_label, size=(3.6, 2.3), teacher=None, bottom=None):
-    """Figure of curves {student: [a curve [(x, y)] of each seed]} from y = bottom, and of a teacher's value.
-
-    Several seeds are drawn as their mean with a band of one sample standard deviation, or each by itself
-    where their x differ. The axis is logarithmic where y spans decades.
-    """
-    figure = Figure(size, layout="constrained")
-    axes, ends = figure.subplots(), []
-    for i, (name, seeds) in enumerate(curves.items()):
-        colour, dashes = STYLES.get(name, list(STYLES.values())[i % len(STYLES)])
-        xs = {tuple(x for x, _ in curve) for curve in seeds}
-        groups = [seeds] if len(xs) == 1 else [[curve] for curve in seeds]
-        for group in groups:
-            x, values = [x for x, _ in group[0]], np.array([[y for _, y in curve] for curve in group], float)
-            mean, marker = values.mean(0), "o" if len(x) < 5 else ""
-            axes.plot(x, mean, dashes, color=colour, marker=marker, markersize=4)
-            if len(group) > 1:
-                spread = values.std(0, ddof=1)
-                axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-        ends.append((mean[-1], name, colour))
-    if teacher is not None:
-        axes.axhline(teacher, color="#009e73", linestyle="-.", linewidth=1)
-        ends.append((teacher, "teacher", "#009e73"))
-    values = [y for seeds in curves.values() for curve in seeds for _, y in curve]
-    if min(values) > 0 and max(values) / min(values) > 50:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-    axes.margins(x=0.01)
-    axes.set_ylim(bottom)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.set_title(title, loc="left", fontsize="medium")
-    axes.set_xlabel(x_label)
-    label_ends(axes, ends)
-    return figure
-
-
-def label_ends(axes, ends):
-    """Write names beside the right ends of lines [(y, name, colour)], moved apart where they overlap."""
-    axes.set_ylim(axes.get_ylim())  # later changes would separate the names from their lines
-    ends, to_axes = sorted(ends), axes.transData + axes.transAxes.inverted()
-    heights = [to_axes.transform((axes.get_xlim()[1], y))[1] for y, _, _ in ends]
-    gap = 12 / (72 * axes.figure.get_figheight())  # 12 points
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    heights[-1] = min(heights[-1], 1)
-    for i in reversed(range(len(heights) - 1)):
-        heights[i] = min(heights[i], heights[i + 1] - gap)
-    for height, (_, name, colour) in zip(heights, ends, strict=True):
-        axes.text(1.02, height, printable(name, 24), color=colour, va="center", transform=axes.transAxes)
-
-
-def heat_map(result):
-    """Figure of a matrix of tools/cka.py, the first model's layers upwards, the second's to the right."""
-    matrix = np.array(result["cka"], float)  # null is NaN: a layer with equal features for all images
-    tall = 2.6 * min(max(matrix.shape[0] / matrix.shape[1], 0.5), 1.4)
-    figure = Figure((3.6, tall + 0.4), layout="constrained")
-    axes = figure.subplots()
-    colours = matplotlib.colormaps["magma"].with_extremes(bad="#888888")
-    shown = dict(origin="lower", aspect="auto", interpolation="none")
-    image = axes.imshow(matrix, cmap=colours, vmin=0, vmax=1, **shown)
-    axes.grid(False)
-    first, second = (printable(name, 40) for name in result["models"])
-    axes.set_xlabel(f"layers of {second}")
-    axes.set_ylabel(f"layers of {first}")
-    figure.colorbar(image, ticks=(0, 0.5, 1))
-    return figure
-
-
-def map_title(result):
-    return "CKA of " + " and ".join(result["models"])
-
-
-def scale_figure(points):
-    """Figure of `scale_points` on the left, and of the paper's Figure 1 on the right, on one scale."""
-    figure = Figure((9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    frame = pd.DataFrame(points)
-    several, ends = frame["epochs"].nunique() > 1, []
-    for i, (line, rows) in enumerate(frame.groupby(["augmentation", "epochs", "method"])):
-        augmentation, epochs, method = line
-        colour, is_weak = STYLES[method][0], augmentation == "weak"
-        x = rows["fraction"] * 1.02 ** (i % 4 - 1.5)  # error bars beside each other
-        dots = dict(marker="o", markerfacecolor="white" if is_weak else colour, capsize=3)
-        spread = rows["spread"].astype(float)  # NaN for one seed: no bar
-        left.errorbar(x, rows["mean"], spread, color=colour, linestyle="--" if is_weak else "-", **dots)
-        name = f"{method}, {augmentation}"
-        if several:
-            name += f", {epochs.removeprefix('steps of ').split()[0]} ep."
-        ends.append((rows["mean"].iloc[-1], name, colour))
-    shares = sorted(frame["fraction"].unique())
-    left.set_xscale("log")
-    left.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
-    left.minorticks_off()
-    left.set_xlabel("share of CIFAR-100's training images, ResNet-56 to ResNet-20")
-    bars = {(b["dataset"], b["method"]): b["mean"] for b in figure_1()}
-    for method, shift in (("dkd", -0.2), ("dist", 0.2)):
-        values = [bars[data, method] for data in FIGURE_1]
-        drawn = right.bar(np.arange(len(values)) + shift, values, 0.36, color=STYLES[method][0])
-        right.bar_label(drawn, fmt="%g", padding=2)
-    right.set_xticks(range(len(FIGURE_1)), FIGURE_1.values())
-    right.set_xlabel("the paper's Figure 1")
-    right.tick_params(labelleft=True)
-    for axes in (left, right):
-        axes.axhline(0, color="#666666", linewidth=1)
-        axes.set_axisbelow(True)
-        axes.margins(y=0.1)
-    label_ends(left, ends)
-    figure.suptitle(scale_title(points), x=0.01, ha="left", fontsize="x-large")
-    explained = "dashed, weak: crop and flip; strong: with RandAugment, mixup, cutmix"
-    left.set_title(f"{explained}; error bars: standard deviation over seeds", loc="left", fontsize="medium")
-    return figure
-
-
-def scale_title(points):
-    lines = "; ".join(sorted({point["epochs"] for point in points}))
-    return f"Top-1 of DKD and DIST minus vanilla KD's, percentage points ({lines})"
-
-
 # ---------------------------------------------------------------- the data-scale study
 
 
@@ -408,7 +236,7 @@ def escaped(value):
 
 def picture(figure, title, caption="", kind=""):
     """A figure in the page: as an image, so that not even a hostile SVG could run or load anything."""
-    data = base64.b64encode(svg(figure, title).encode()).decode()
+    data = base64.b64encode(figures.svg(figure, title).encode()).decode()
     image = f'<img alt="{escaped(title)}" src="data:image/svg+xml;base64,{data}">'
     return f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>'
 
@@ -449,7 +277,14 @@ def data_scale(records):
         points = [p for p in points if lines[p["augmentation"], p["epochs"], p["method"]] > 1]
         if points:
             caption = f"Runs of a line have the same number of {along}."
-            pictures.append(picture(scale_figure(points), scale_title(points), caption, kind="wide"))
+            pictures.append(
+                picture(
+                    figures.scale_figure(points, figure_1()),
+                    figures.scale_title(points),
+                    caption,
+                    kind="wide",
+                )
+            )
     none = "<p>No setting was run on several shares of the training images (<code>data.fraction</code>).</p>"
     return "".join(pictures) or none
 
@@ -466,7 +301,9 @@ def similarity(maps):
         caption += (
             f"CKA of a layer of the first and the most similar one of the second: {mean:.2f} on average."
         )
-        pictures.append(picture(heat_map(result), map_title(result), caption + made_by(file, result)))
+        pictures.append(
+            picture(figures.heat_map(result), figures.map_title(result), caption + made_by(file, result))
+        )
     about = (
         "Minibatch linear CKA between all layers, 0 to 1; grey: a layer with equal features of all images."
     )
@@ -500,7 +337,7 @@ def experiment(runs):
     for part, x, y, title in CURVES:
         curves = curves_of(records, part, x, y)
         if any(len(curve) > 1 for seeds in curves.values() for curve in seeds):
-            charts.append(picture(chart(title, curves, x), title))
+            charts.append(picture(figures.chart(title, curves, x), title))
     heading = f"{name_of(file, first)}: {settings['epochs']:g} epochs"
     share = settings["data"].get("fraction", 1.0)
     if share != 1:
@@ -613,7 +450,9 @@ def write_scale(results, args):
     if not points:
         studies = "recipes/study_fraction_weak.json or study_fraction_strong.json"
         raise recipe.RecipeError(f"no finished run of {studies} with kd in it")
-    args.out.write_text(svg(scale_figure(points), scale_title(points)), encoding="utf-8")
+    args.out.write_text(
+        figures.svg(figures.scale_figure(points, figure_1()), figures.scale_title(points)), encoding="utf-8"
+    )
     tree = {"points": points, "figure_1": figure_1()}
     args.out.with_suffix(".json").write_text(json.dumps(tree, indent=2) + "\n")
     for p in points:
@@ -635,8 +474,8 @@ def write_curves(results, args):
     teacher = teachers.pop() if len(teachers) == 1 else None
     late = [curve[len(curve) // 2 :] for seeds in curves.values() for curve in seeds]
     lowest = min(top1 for curve in late for _, top1 in curve)
-    figure = chart(title, curves, "epoch", (7, 3.2), teacher, bottom=lowest - 1)
-    args.out.write_text(svg(figure, title), encoding="utf-8")
+    figure = figures.chart(title, curves, "epoch", (7, 3.2), teacher, bottom=lowest - 1)
+    args.out.write_text(figures.svg(figure, title), encoding="utf-8")
 
 
 COMMANDS = {
