@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 import bench
 import harness
 
-SECTIONS = list(bench.SECTIONS)
 RUN_ALL = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -25,19 +24,44 @@ for section in sys.argv[3:]:
 """
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def measured(file, sections):
     """{section: its result}, of one process for all sections: its imports take longer than they do."""
-    file = tmp_path_factory.mktemp("bench") / "bench.json"
-    command = [sys.executable, "-c", RUN_ALL, str(ROOT / "tools"), str(file), *SECTIONS]
+    command = [sys.executable, "-c", RUN_ALL, str(ROOT / "tools"), str(file), *sections]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("section", SECTIONS)
-def test_a_section_writes_its_json(results, section):
-    result = results[section]
+@pytest.mark.parametrize(
+    "sections",
+    [["losses", "overhead"], pytest.param(["input", "step", "startup"], marks=pytest.mark.slow)],
+    ids=["quick", "others"],
+)
+def test_sections_write_their_json_and_become_the_table(sections, tmp_path):
+    results = measured(tmp_path / "bench.json", sections)
+    assert list(results) == sections
+    for section in sections:
+        check_result(results[section])
+    for section in {"input", "step"} & set(sections):
+        assert all(row["images_per_second"] > 0 for row in rows(results, section))
+    if "losses" in sections:
+        assert all(row["peak_mb"] > 0 for row in rows(results, "losses"))
+        assert [row["name"] for row in rows(results, "overhead")] == ["a plain loop", "ours"]
+    else:
+        assert {comparison["clock"] for comparison in results["startup"]["comparisons"]} == {"wall"}
+
+    page = tmp_path / "speed.md"
+    page.write_text("before\n<!-- bench -->\nan old table\n<!-- /bench -->\nafter\n")
+    bench.main(["table", str(tmp_path / "bench.json"), "--write", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n<!-- bench -->") and text.endswith("<!-- /bench -->\nafter\n")
+    assert "an old table" not in text
+    for section in sections:
+        assert f"- {section}: `{results[section]['command']}`" in text
+        assert all(f"| {row['name']} |" in text for row in rows(results, section))
+
+
+def check_result(result):
     for fact in ("command", "commit", "versions", "hardware", "threads"):
         assert fact in result
     assert (result["rounds"], result["device"]) == (1, "cpu")
@@ -49,28 +73,8 @@ def test_a_section_writes_its_json(results, section):
             assert row["ratio"] == pytest.approx(first["seconds"] / row["seconds"])
 
 
-def test_what_the_sections_measure(results):
-    assert all(row["images_per_second"] > 0 for row in rows(results, "input") + rows(results, "step"))
-    assert all(row["peak_mb"] > 0 for row in rows(results, "losses"))
-    assert {comparison["clock"] for comparison in results["startup"]["comparisons"]} == {"wall"}
-    assert [row["name"] for row in rows(results, "overhead")] == ["a plain loop", "ours"]
-
-
 def rows(results, section):
     return [row for comparison in results[section]["comparisons"] for row in comparison["rows"]]
-
-
-def test_the_table_of_all_sections(results, tmp_path):
-    file, page = tmp_path / "bench.json", tmp_path / "speed.md"
-    file.write_text(json.dumps(results))
-    page.write_text("before\n<!-- bench -->\nan old table\n<!-- /bench -->\nafter\n")
-    bench.main(["table", str(file), "--write", str(page)])
-    text = page.read_text()
-    assert text.startswith("before\n<!-- bench -->") and text.endswith("<!-- /bench -->\nafter\n")
-    assert "an old table" not in text
-    for section in SECTIONS:
-        assert f"- {section}: `{results[section]['command']}`" in text
-        assert all(f"| {row['name']} |" in text for row in rows(results, section))
 
 
 def made_up(name, seconds):

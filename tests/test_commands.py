@@ -32,8 +32,8 @@ def quickstart(tmp_path, *arguments):
 
 
 def test_a_trial_of_the_quickstart(tmp_path):
-    table = quickstart(tmp_path, "--limit", "10", "--set", "runs=1", "--workers", "0")
-    assert [row[-2:] for row in table] == [["1", "640"]] * 4
+    table = quickstart(tmp_path, "--limit", "3", "--set", "runs=1", "--workers", "0")
+    assert [row[-2:] for row in table] == [["1", "96"]] * 4
 
 
 @pytest.mark.slow

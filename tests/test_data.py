@@ -714,8 +714,15 @@ def test_a_file_that_is_not_there_is_not_a_broken_image(tmp_path):
 # ---------------------------------------------------------------- worker processes
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """Workers look for their parent process, and it for them, after 0.2 s instead of 5 s."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 0.2)
+
+
 @KINDS
-def test_a_worker_that_dies_is_an_error_with_advice(small_sources, kind, monkeypatch):
+def test_a_worker_that_dies_is_an_error_with_advice(small_sources, kind, impatient, monkeypatch):
     made, decode, shared = (
         small(small_sources[kind], kind, workers=2),
         augment.decode,
@@ -729,9 +736,6 @@ def test_a_worker_that_dies_is_an_error_with_advice(small_sources, kind, monkeyp
         return decode(content)
 
     monkeypatch.setattr(augment, "decode", fatal)
-    monkeypatch.setattr(
-        torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2
-    )  # seconds it waits for dead workers
     with pytest.raises(
         data.DataError, match=r"a worker process that loads images died: DataLoader worker.*--workers 0"
     ):
@@ -756,13 +760,6 @@ def end(pids, seconds=30):
     while any(map(is_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not any(map(is_alive, pids))
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """Workers look for their parent process, and it for them, after 0.2 s instead of 5 s."""
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
-    monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 0.2)
 
 
 def test_workers_serve_on_when_the_group_is_told_to_stop(tmp_path, impatient):

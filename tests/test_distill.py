@@ -201,7 +201,14 @@ def test_a_student_starts_from_the_seed_alone(teacher_file):
 
 def test_one_batch_can_be_learnt_by_heart(teacher_file):
     """With labels the loss falls to 0; with the teacher alone its probabilities become the student's."""
-    plain = dict(STUDENT, model_args={}, optimizer="adamw", optimizer_args={}, lr=5e-3, weight_decay=0.0)
+    plain = dict(
+        STUDENT,
+        model_args={"widths": [8, 8, 16, 16]},
+        optimizer="adamw",
+        optimizer_args={},
+        lr=5e-3,
+        weight_decay=0.0,
+    )
     labels = dict(plain, name="labels", soft=None)
     taught = dict(plain, name="taught", hard=dict(STUDENT["hard"], weight=0.0))
     taught["soft"] = {"loss": "kd", "weight": 1.0, "warmup_epochs": 0, "args": {"temperature": 1.0}}

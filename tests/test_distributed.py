@@ -330,6 +330,7 @@ def test_deepspeed_in_bfloat16_keeps_float32_weights(tmp_path, teacher_file):
 # ---------------------------------------------------------------- a loss with a memory
 
 
+@pytest.mark.slow
 def test_two_processes_keep_one_bank(tmp_path, teacher_file, monkeypatch):
     """The losses of CRD and ReviewKD see half a batch in each process, CRD's banks all of it."""
     crd = student("crd", "crd") | {key: STUDENT[key] for key in ("model", "model_args")}

@@ -43,7 +43,7 @@ import launch
 import log
 import recipe
 
-SIGNALS = int(os.environ.get("SOAK_SIGNALS", 10))
+SIGNALS = int(os.environ.get("SOAK_SIGNALS", 8))
 
 
 def small(teacher_file, **changes):
@@ -161,7 +161,9 @@ def test_sigterm_saves_and_exits_with_143(
     assert_same_run(whole, out)
 
 
-@pytest.mark.parametrize("changes", [{}, STREAM], ids=["mapped", "streamed"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param(STREAM, marks=pytest.mark.slow)], ids=["mapped", "streamed"]
+)
 def test_sigterm_to_the_process_group_saves_and_exits_with_143(changes, tmp_path, teacher_file, monkeypatch):
     """What batch systems, `timeout` and systemd send: the loader's workers leave it to the trainer."""
     path = write(tmp_path / "r.json", **small(teacher_file, epochs=1, save_every=50) | changes)

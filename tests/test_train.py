@@ -52,7 +52,12 @@ MIX = dict(data__mixup=0.2, data__cutmix=1.0, data__drop_last=True, data__rand_a
 
 @pytest.mark.parametrize(
     "changes, workers",
-    [({}, 2), (MIX, 0), (dict(batch_size_per_process=32), 0), (STREAM, 2)],
+    [
+        (dict(epochs=1), 2),
+        (MIX, 0),
+        (dict(batch_size_per_process=32, epochs=1), 0),
+        (STREAM | {"epochs": 1}, 2),
+    ],
     ids=["workers", "mix", "accumulate", "stream"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(changes, workers, tmp_path, teacher_file):
