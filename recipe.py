@@ -98,11 +98,11 @@ class ResizedCrop:
 @section
 class Data:
     source: Text  # "digits", a data set on the Hugging Face hub, or a folder; `--data DIR` sets it
-    train_split: Text
-    test_split: Text
+    train_split: Text | None  # null: train, or the only split
+    test_split: Text | None  # null: validation or test, else a tenth of each training class
     image: Text  # column
     label: Text  # column
-    classes: Annotated[int, Field(ge=2, le=MAX_INTEGER)]
+    classes: Annotated[int, Field(ge=2, le=MAX_INTEGER)] | None  # null: as many as the source names
     train_size: Count | None  # images of the training split: compared with the data, needed for a stream
     streaming: bool
     shuffle_buffer: Whole  # images held to shuffle a stream; 0 for other data, which is shuffled whole

@@ -24,17 +24,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 from timm.data import ImageNetInfo
 
+import folders
 from recipe import nearest
 
 DIGITS_TRAIN = 898  # of scikit-learn's 1,797 digits
 DIGITS_SHARDS = 8  # of the digits when they are streamed
+HELD_OUT, HELD_OUT_SHARE = "held out", 0.1  # a test split that is a share of each class of the training split
 FRACTION_SEED = 0  # fixed: if runs drew their own images, the spread over seeds would contain that choice
 MAX_BYTES = 256 * 2**20  # of one image's file: a larger one is a mistake, or a device that never ends
+READ_ROWS = 32  # at once, of a stream
 NAMES_SHOWN = 10  # of classes in an error message
 REASONS_SHOWN = 20  # of broken images in an error message
-
-
-READ_ROWS = 32  # at once, of a stream
 
 
 class DataError(ValueError):
@@ -50,6 +50,7 @@ class Split:
     names: list | None  # the classes by id, where the source names all of them
     files: list  # one file a shard; in image folders one file an image; none for "digits"
     beside: dict  # {split name: its files} of all splits of the source
+    folders: dict  # {split name: its classes} of all splits, if the source is class folders
     openable: frozenset  # the files that a row may name instead of containing bytes: images, zip archives
 
 
@@ -66,15 +67,39 @@ class Encoded:
 # ---------------------------------------------------------------- a split
 
 
+def resolved(data):
+    """The section with the splits and the number of classes that it leaves to its source (null) filled in.
+
+    The test split is validation or test, else a tenth of each class of the training split, HELD_OUT.
+    """
+    if data.train_split and data.test_split and data.classes:
+        return data
+    splits, _, _ = _splits(data.source, data.streaming)
+    train = data.train_split or ("train" if "train" in splits else next(iter(splits)))
+    test = data.test_split or next((name for name in ("validation", "test") if name in splits), HELD_OUT)
+    names = _class_names(getattr(splits.get(train), "features", None), data.label)
+    if not (data.classes or names):
+        raise DataError(
+            f"{data.source}: its classes have no names to count: set data.classes to their number"
+        )
+    classes = data.classes or len(names)
+    return dataclasses.replace(data, train_split=str(train), test_split=str(test), classes=classes)
+
+
 def open_split(data, name):
     """The `Split` of `data.source` called `name`; a stream where `data.streaming`.
+
+    With the test split HELD_OUT, the training split is what is left of its images.
 
     `data.source`: a data set on the Hugging Face hub, "digits", or a folder of parquet files, of webdataset
     tar files or of images in class folders. Raises DataError for a split or column that is not there, with
     the nearest one that is, and for classes that are not the recipe's.
     """
     source = data.source
-    splits, files = _splits(source, data.streaming)
+    splits, files, classes = _splits(source, data.streaming)
+    if data.test_split == HELD_OUT and name in (HELD_OUT, data.train_split):
+        splits |= _held_out(splits, data)
+        files = {HELD_OUT: files.get(data.train_split, [])} | files
     if name not in splits:
         known = ", ".join(splits)
         raise DataError(f"{source}: no split {name!r}{nearest(name, splits)} (splits: {known})")
@@ -94,34 +119,44 @@ def open_split(data, name):
     # undecoded: `datasets` ends a stream without an error at the first image that it cannot decode
     rows = rows.select_columns([data.image, data.label])
     rows = rows.cast_column(data.image, datasets.Image(decode=False))
-    return Split(rows, ids, names, files.get(name, []), files, _openable(files.get(name, [])))
+    listed = files.get(name, [])
+    return Split(rows, ids, names, listed, files, classes, _openable(listed))
+
+
+def _held_out(splits, data):
+    """{the training split, HELD_OUT}: the rows of the training split, parted by class."""
+    rows = splits.get(data.train_split)
+    if not isinstance(rows, datasets.Dataset):
+        raise DataError(f"{data.source}: test images can be held out of a memory-mapped training split only")
+    labels = rows.with_format("numpy", columns=[data.label])[:][data.label]
+    held = share_of_each_class(labels, HELD_OUT_SHARE)
+    rest = np.setdiff1d(np.arange(len(rows)), held)
+    return {data.train_split: rows.select(rest), HELD_OUT: rows.select(held)}
 
 
 def _splits(source, streaming):
-    """({split name: rows}, {split name: its files}) of a source, as `datasets` lists them."""
+    """({split name: rows}, {split name: its files}, {split name: its class folders}) of a source."""
     if source == "digits":
         splits = _digits()
         if streaming:
             splits = {name: rows.to_iterable_dataset(DIGITS_SHARDS) for name, rows in splits.items()}
-        return splits, {}
+        return splits, {}, {}
 
     local = os.path.isdir(source)  # False, unlike pathlib's, for a name that is too long
+    if local and (opened := _class_folders(source)):
+        return opened
     if not local and source.count("/") != 1:
         raise DataError(
             f"{source}: not a folder, not a data set's name on the hub ('owner/name'), not 'digits'"
         )
     try:
         builder = datasets.load_dataset_builder(source)
-        if local and builder.dataset_name is not None and builder.name == "imagefolder":
-            _refuse_line_breaks(source)
         data_files = builder.config.data_files or {}
         files = {str(name): [str(file) for file in listed] for name, listed in data_files.items()}
         if streaming:
-            return builder.as_streaming_dataset(), files
+            return builder.as_streaming_dataset(), files, {}
         builder.download_and_prepare()
-        return builder.as_dataset(), files
-    except DataError:
-        raise
+        return builder.as_dataset(), files, {}
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
         hint = "; to work offline, download its parquet files and pass their folder with --data DIR"
         raise DataError(
@@ -131,12 +166,15 @@ def _splits(source, streaming):
         raise DataError(f"{source}: not a data set of images that `datasets` can read: {error}") from error
 
 
-def _refuse_line_breaks(folder):
-    """DataError for a file with a line break in its name, which `datasets` would leave out without a word."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if "\n" in name and _is_image(name):
-                raise DataError(f"{os.path.join(parent, name)!r}: a line break in a file's name: rename it")
+def _class_folders(source):
+    """What `_splits` returns, for class folders of images; None for other folders."""
+    try:
+        opened = folders.open_splits(source)
+    except (folders.FolderError, OSError) as error:
+        raise DataError(str(error)) from error
+    if opened is None:
+        return None
+    return tuple({name: parts[i] for name, parts in opened.items()} for i in range(3))
 
 
 @functools.cache
@@ -159,16 +197,12 @@ def _digits():
 
 def is_image_folder(split):
     """Whether a split's files are images, sorted by class as in class folders."""
-    return bool(split.files) and _is_image(split.files[0])
-
-
-def _is_image(file):
-    return os.path.splitext(file)[1].lower() in Image.registered_extensions()
+    return bool(split.files) and folders.is_image(split.files[0])
 
 
 def _openable(files):
     """Images and zip archives among a split's files, by their listed and by their downloaded paths."""
-    listed = [file for file in files if _is_image(file) or file.endswith(".zip")]
+    listed = [file for file in files if folders.is_image(file) or file.endswith(".zip")]
     return frozenset(listed).union(_downloaded(file) for file in listed if file.startswith("hf://"))
 
 
@@ -189,7 +223,7 @@ def evaluation_fields(source):
     Takes the split test or validation, or the only one there is; the first column of images; the first
     column of class labels, or else a webdataset's "cls". Raises DataError where one of them is not there.
     """
-    splits, files = _splits(str(source), streaming=True)
+    splits, files, _ = _splits(str(source), streaming=True)
     candidates = [name for name in ("test", "validation") if name in splits]
     if not candidates and len(splits) > 1:
         known = ", ".join(splits)
@@ -210,7 +244,7 @@ def evaluation_fields(source):
         "label": labels[0],
         "classes": getattr(features[labels[0]], "num_classes", None),
         # an image folder is one shard, which one worker would decode alone; its index is quickly made
-        "streaming": not (listed and _is_image(listed[0])),
+        "streaming": not (listed and folders.is_image(listed[0])),
     }
 
 
@@ -373,7 +407,8 @@ def check_classes(data, split):
     """
     names = {}
     for name in (data.train_split, data.test_split):
-        names[name] = _declared_classes(split.beside.get(name, []), data.label, split)
+        files = split.beside.get(name, [])
+        names[name] = split.folders.get(name) or _declared_classes(files, data.label, split)
     train, test = names[data.train_split], names[data.test_split]
     if train is None or test is None or train == test:
         return
@@ -391,12 +426,12 @@ def check_classes(data, split):
 
 def _declared_classes(files, label, split):
     """The classes by a split's files: its class folders, the list in its first parquet file, or None."""
-    if files and _is_image(files[0]):
-        folders = sorted({file.rsplit("/", 2)[-2] for file in files})
+    if files and folders.is_image(files[0]):
+        named = sorted({file.rsplit("/", 2)[-2] for file in files})
         known = _class_names(split.rows.features, label) or ()
-        if not set(folders) <= set(known):
+        if not set(named) <= set(known):
             return None  # a table beside the images has the labels
-        return folders
+        return named
     if files and files[0].endswith(".parquet") and Path(files[0]).is_file():
         with readable(files[0]):
             return _class_names(datasets.Features.from_arrow_schema(pq.read_schema(files[0])), label)

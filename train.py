@@ -326,6 +326,7 @@ def load(path, overrides, options):
     if options.data:
         overrides = [*overrides, f"data.source={json.dumps(options.data)}"]
     settings = recipe.load(path, overrides)
+    settings = dataclasses.replace(settings, data=sources.resolved(settings.data))
     if not options.students:
         return settings
     known = [student.name for student in settings.students]

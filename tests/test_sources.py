@@ -177,7 +177,7 @@ def test_what_a_source_offers_for_evaluation(tmp_path):
 @pytest.mark.parametrize("label", [-1, 2, None, "ant", 1.0])
 def test_a_wrong_label_is_refused(label):
     row = {"image": {"bytes": WHOLE[0], "path": "a.jpg"}, "label": label}
-    split = sources.Split(None, None, None, [], {}, frozenset())
+    split = sources.Split(None, None, None, [], {}, {}, frozenset())
     with pytest.raises(sources.DataError, match=rf"^image 5 \(a.jpg\): label {label!r} is not in 0..1$"):
         sources.encoded(row, 5, section(**COLUMNS), split)
 
@@ -185,7 +185,7 @@ def test_a_wrong_label_is_refused(label):
 def test_a_label_without_a_name_is_refused():
     """Of ImageNet's 1,000 a source may name three; a fourth label then has no place among them."""
     row = {"image": {"bytes": WHOLE[0], "path": "a.jpg"}, "label": 2}
-    split = sources.Split(None, [999, 3, 500], None, [], {}, frozenset())
+    split = sources.Split(None, [999, 3, 500], None, [], {}, {}, frozenset())
     settings = section(**COLUMNS | {"data__classes": 1000})
     assert sources.encoded(row, 5, settings, split).label == 500
     with pytest.raises(sources.DataError, match=r"label 3 is not in 0..2"):
@@ -342,7 +342,7 @@ def test_downloaded_images_of_the_hub_are_read(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_bytes(WHOLE[0])
     files = ["hf://datasets/owner/pets@0a1b/train/ant/1.jpg"]
-    split = sources.Split(None, None, None, files, {}, sources._openable(files))
+    split = sources.Split(None, None, None, files, {}, {}, sources._openable(files))
     row = {"image": {"bytes": None, "path": str(path)}, "label": 0}
     assert sources.encoded(row, 0, section(**COLUMNS), split).content == WHOLE[0]
     row["image"]["path"] = str(path.with_name("2.jpg"))
@@ -389,7 +389,7 @@ def test_a_file_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
     os.symlink("/dev/zero", tmp_path / "photos" / "train" / "ant" / "004.jpg")
     data = section(tmp_path / "photos", **COLUMNS)
     path = str(tmp_path / "photos" / "train" / "ant" / "004.jpg")
-    split = sources.Split(None, None, None, [path], {}, frozenset([path]))
+    split = sources.Split(None, None, None, [path], {}, {}, frozenset([path]))
     row = {"image": {"bytes": None, "path": path}, "label": 0}
     with pytest.raises(sources.DataError, match=r"image 4 \(.*004.jpg\) has more than 100,000 bytes"):
         sources.encoded(row, 4, data, split)
@@ -413,13 +413,11 @@ def test_control_characters_of_a_file_name_are_escaped(tmp_path):
     assert r"000\x1b[31m\r.jpg)" in name and name.isprintable()
 
 
-def test_a_line_break_in_a_file_name_is_refused(tmp_path):
+def test_a_line_break_in_a_file_name_loses_no_image(tmp_path):
     """`datasets` would leave the image out without a word."""
     class_folders(tmp_path, train=["ant", "bee"], validation=["ant", "bee"])
     (tmp_path / "train" / "bee" / "1.jpg").rename(tmp_path / "train" / "bee" / "1\n2.jpg")
-    with pytest.raises(sources.DataError, match="a line break in a file's name: rename it") as error:
-        sources.open_split(section(tmp_path, **COLUMNS), "train")
-    assert repr("1\n2.jpg")[1:-1] in str(error.value) and "\n" not in str(error.value)
+    assert len(sources.open_split(section(tmp_path, **COLUMNS), "train").rows) == 4
 
 
 def test_a_folders_own_script_is_not_run(tmp_path):
