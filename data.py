@@ -83,13 +83,13 @@ class TrainLoader:
 
     def _shard_lengths(self):
         """Images of each shard of a stream, or None; DataError for one that cannot be shuffled or shared."""
-        source, shards = self.data.source, self.split.rows.num_shards
+        source = self.data.source
         if sources.is_image_folder(self.split):
             raise DataError(
                 f"{source}: image files lie sorted by class, and a stream cannot shuffle them: "
                 "--set data.streaming=false data.shuffle_buffer=0"
             )
-        lengths = sources.shard_lengths(self.split)
+        lengths, shards = sources.shard_lengths(self.split), self.split.rows.num_shards
         readers = self.world * max(self.workers, 1)
         if lengths is None and shards < readers:
             raise DataError(

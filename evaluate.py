@@ -4,6 +4,8 @@
     python evaluate.py runs/quickstart/students/kd --data DIR          # an exported student
     python evaluate.py resnet56.pth --model cifar_resnet56 --data DIR  # a checkpoint file of a timm model
     python evaluate.py runs/a1_res50_beitb resnet50.a1_in1k --on imagenet real v2 --data DIR --v2 DIR
+    python evaluate.py runs/own_images --per-class --confusion confusion.csv
+    python evaluate.py runs/own_images/students/kd --images cat.jpg folder/    # five best classes of each
 
 Top-1 and top-5 in per cent and the number of images, as a table, or with --json as JSON. Every image counts
 once, whatever the number of processes, and is decoded once for all checkpoints that want it prepared alike;
@@ -18,16 +20,20 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pandas as pd
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
+import augment
 import data
+import folders
 import models
 import recipe
 import sources
@@ -191,6 +197,9 @@ def main(arguments=None):
     add("--interpolation", choices=INTERPOLATIONS, help="of that resizing (default: likewise)")
     add("--batch-size", type=int, default=256, help="per process (default: 256)")
     add("--workers", type=int, default=2, help="loader processes per process (default: 2)")
+    add("--images", nargs="+", default=[], metavar="FILE", help="images, or folders of them, to classify")
+    add("--per-class", action="store_true", help="top-1 of each class instead of all images")
+    add("--confusion", type=Path, metavar="FILE.csv", help="write how often each class was taken for which")
     add("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(arguments)
 
@@ -199,18 +208,25 @@ def main(arguments=None):
     choose = functools.partial(test_sets, source=args.data, on=args.on, v2=args.v2, changes=changes)
     loading = dict(batch_size=args.batch_size, workers=args.workers)
     try:
-        networks = [entry for path in args.checkpoints for entry in open_networks(path, args.model, choose)]
-        rows = evaluate(networks, accelerator, is_imagenet=bool(args.on), **loading)
+        if args.images:
+            rows = classify(args.checkpoints, image_files(args.images), changes, accelerator.device)
+        else:
+            networks = [
+                entry for path in args.checkpoints for entry in open_networks(path, args.model, choose)
+            ]
+            details = dict(per_class=args.per_class, confusion=args.confusion)
+            rows = evaluate(networks, accelerator, is_imagenet=bool(args.on), **loading, **details)
     except (recipe.RecipeError, sources.DataError, models.ModelError) as error:
         accelerator.print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     accelerator.print(json.dumps(rows, indent=2) if args.json else table(rows))
 
 
-def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers):
+def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers, per_class=False, confusion=None):
     """One row of scores for each network and result. Networks that want the same images share one pass.
 
-    networks: those of `open_networks`. How images are prepared, and where classes were matched by name, is
+    networks: those of `open_networks`. per_class: rows for each class instead; confusion: a CSV file to
+    write. How images are prepared, and where classes were matched by name, is
     told on the error output.
     """
     passes, order = {}, []
@@ -222,7 +238,7 @@ def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers):
             for note in notes(network, section, ids):
                 accelerator.print(f"{name}: {note}", file=sys.stderr)
 
-    scores = {}
+    scores, classes = {}, []
     for (results, section), members in passes.items():
         real = real_labels() if is_imagenet and "real" in results else None
         place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=workers)
@@ -234,10 +250,82 @@ def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers):
                 right = [real[i] for i in index]
             for (name, _, ids), answers in zip(members, best, strict=True):
                 scores[name, result] = score(answers, [[ids[i] for i in row] for row in right])
+        for (name, network, ids), answers in zip(members, best, strict=True):
+            counts = confusions(network, [ids[label] for label in labels], [row[0] for row in answers])
+            classes += class_rows(name, counts)
+            if confusion:
+                write_confusions(confusion, counts)
+    if per_class:
+        return classes
     return [
         {"checkpoint": name, "data": result, "split": section.test_split, **scores[name, result]}
         for name, result, section in order
     ]
+
+
+def confusions(network, labels, answers):
+    """A frame with the number of images of each class (rows) that were taken for each class (columns)."""
+    names = models.label_names(network) or [str(i) for i in range(network.model.num_classes)]
+    counts = np.zeros((len(names), len(names)), int)
+    np.add.at(counts, (np.array(labels), np.array(answers)), 1)
+    return pd.DataFrame(counts, index=names, columns=names)
+
+
+def class_rows(name, counts):
+    """{"checkpoint", "class", "n", "top1", "most often taken for"} of each class that has images."""
+    rows = []
+    for label, row in counts[counts.sum(axis=1) > 0].iterrows():
+        wrong = row.drop(label)
+        other = str(wrong.idxmax()) if wrong.sum() else ""
+        top1 = 100 * float(row[label] / row.sum())
+        counted = {"checkpoint": name, "class": label, "n": int(row.sum()), "top1": top1}
+        rows.append(counted | {"most often taken for": other})
+    return rows
+
+
+def write_confusions(path, counts):
+    try:
+        counts.to_csv(path, index_label="class")
+    except OSError as error:
+        raise sources.DataError(f"--confusion {path}: cannot be written: {error.strerror}") from error
+
+
+def image_files(paths):
+    """The files among paths, and the images in the folders among them; DataError where there is nothing."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += sorted(file for file in path.rglob("*") if folders.is_image(file.name))
+        else:
+            files.append(path)
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise sources.DataError(f"--images {missing[0]}: no such file")
+    if not files:
+        raise sources.DataError(f"--images {' '.join(paths)}: no images there")
+    return files
+
+
+@torch.no_grad()
+def classify(paths, files, changes, device):
+    """{"checkpoint", "image", "1" .. "5"}: the five most probable classes of each image, "cat 97.1 %"."""
+    rows = []
+    for path in paths:
+        if not Path(path).is_dir():
+            raise models.ModelError(f"{path}: --images needs an exported student's folder, with its classes")
+        for folder in exported_students(Path(path)):
+            network, config = models.load_exported(folder)
+            network.to(device).eval()
+            names = models.label_names(network) or [str(i) for i in range(network.model.num_classes)]
+            prepared = preprocessing(str(folder), config, None, changes)
+            transform = augment.test_transform(SimpleNamespace(**prepared))
+            for file in files:
+                with sources.named(SimpleNamespace(name=str(file))):
+                    pixels = torch.as_tensor(transform(augment.decode(file.read_bytes())))
+                shares, ids = network(to_float(pixels[None], device)).softmax(1)[0].topk(min(5, len(names)))
+                best = zip(ids.tolist(), shares.tolist(), strict=True)
+                row = {str(k): f"{names[i]} {100 * share:.1f} %" for k, (i, share) in enumerate(best, 1)}
+                rows.append({"checkpoint": str(folder), "image": str(file), **row})
+    return rows
 
 
 def notes(network, section, ids):

@@ -49,13 +49,13 @@ def open_splits(root):
     return {split: (*_table(classes, names), list(classes)) for split, classes in listed.items()}
 
 
-def _entries(folder):
-    """(names of folders, names of files), sorted, without hidden ones."""
+def _entries(folder, follow=True):
+    """(names of folders, names of files), sorted, without hidden ones. follow: links to folders count."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.name.startswith((".", "__")):
-                (folders if entry.is_dir() else files).append(entry.name)
+                (folders if entry.is_dir(follow_symlinks=follow) else files).append(entry.name)
     return sorted(folders), sorted(files)
 
 
@@ -79,7 +79,7 @@ def _classes(split):
 
 def _images(folder):
     """The images below a folder: its own, then those of its folders, each sorted."""
-    folders, files = _entries(folder)
+    folders, files = _entries(folder, follow=False)  # a link to a folder above would have no end
     images = [os.path.join(folder, file) for file in files if is_image(file)]
     for name in folders:
         images += _images(os.path.join(folder, name))

@@ -1,4 +1,4 @@
-"""What people watch: the plan before a run, rows of metrics and TensorBoard during it, a result after it.
+"""What people watch: the plan before a run, and rows of metrics and TensorBoard during it.
 
 metrics.jsonl has a row for every `log_every` steps (means over these steps) and for every evaluation. Names
 are "what/student": loss, hard and soft (the weighted sum, the label loss, the distillation loss), lr, top1
@@ -7,31 +7,21 @@ and top5 (per cent), top1_ema, gradient_hard, gradient_soft and their ratio; "sp
 """
 
 import copy
-import dataclasses
 import itertools
 import json
 import math
 import os
-import platform
-import re
-import shlex
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import accelerate
-import datasets
 import numpy as np
-import timm
 import torch
 from timm.utils import distribute_bn
 
 import distill
 import launch
-import models
 import rundir
-from evaluate import accuracy, table
+import sources
+from evaluate import accuracy
 
 GRADIENTS = ("gradient_hard", "gradient_soft", "gradient_ratio")
 BOARD = {
@@ -39,8 +29,6 @@ BOARD = {
 }  # what TensorBoard shows of a student
 BOARD["test"] = ("top1", "top5", "top1_ema", "top5_ema")
 RUN_BOARD = ("epoch", "speed/images_per_second", "seconds/data", "seconds/teacher")
-LOSS_CURVES, ACCURACY_CURVES = ("loss", "hard", "soft", *GRADIENTS), ("top1", "top1_ema")
-CURVE_POINTS = 300  # of a curve in result.json
 
 
 class Clock:
@@ -289,6 +277,9 @@ def plan(log, teacher, step):
         f"  batch: {settings.batch_size} = {loader.world} processes x {loader.per_process} "
         f"x {loader.accumulate} accumulated",
     ]
+    if data.test_split == sources.HELD_OUT:
+        share = f"{100 * sources.HELD_OUT_SHARE:g} % of the images of each class of {data.train_split}"
+        lines.append(f"  tested on {share}, which are left out of the training: there is no other split")
     fixed, largest = 0, 0
     if teacher is not None:
         network = teacher.network
@@ -354,120 +345,3 @@ def _memory(fixed, activations, per_process):
 
 def _gigabytes(n):
     return f"{n / 1e9:.2f} GB"
-
-
-# ---------------------------------------------------------------- after a run
-
-
-def export_students(folder, students, data, label_names):
-    """Write students/NAME (and NAME-ema) for timm; see models.export."""
-    preprocessing = {key: getattr(data, key) for key in ("size", "crop_pct", "interpolation")}
-    (folder / "students").mkdir(exist_ok=True)
-    for student in students:
-        networks = {student.name: student.net}
-        if student.ema:
-            networks[f"{student.name}-ema"] = student.ema.module
-        for name, network in networks.items():
-            path, model_args = folder / "students" / name, student.settings.model_args
-            models.export(network, path, model_args=model_args, label_names=label_names, **preprocessing)
-
-
-def write_result(log, step, teacher_scores):
-    """Write result.json and return its content: the last evaluation counts, the best is only logged."""
-    settings, students, rows = log.settings, log.students, log.rows()
-    seconds = {name: round(total / step, 6) for name, total in log.clock.total.items()}
-    log.lead.print("seconds a step: " + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()))
-    on_gpu = log.lead.device.type == "cuda"
-    result = {
-        "seed": settings.seed,
-        "students": [
-            {"name": s.name, "parameters": count_parameters(s.net), "last": s.last, "best": s.best}
-            for s in students
-        ],
-        "curves": {s.name: curve(rows, s.name, "step", LOSS_CURVES) for s in students},
-        "accuracy": {s.name: curve(rows, s.name, "epoch", ACCURACY_CURVES) for s in students},
-        "teacher": teacher_scores,
-        "steps": step,
-        "epochs": step / log.steps_per_epoch,
-        "limit": log.limit,
-        "seconds": round(log.seconds, 1),
-        "seconds_per_step": seconds,
-        "broken_images": len(log.loader.broken),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "images_per_second": round(step * settings.batch_size / log.seconds, 1),
-        **environment(log.lead),
-        "recipe": dataclasses.asdict(settings),
-    }
-    text = json.dumps(result, indent=2)
-    numbers = r"\[\n[-+.\deE,\s]+\]"
-    text = re.sub(numbers, lambda match: " ".join(match[0].split()), text)  # a curve is one line
-    rundir.write_atomic(log.folder / "result.json", text + "\n")
-    return result
-
-
-def curve(rows, name, x, metrics):
-    """{x: [...], metric: [...]} of a student over the rows with its first metric, at most CURVE_POINTS.
-
-    A metric that a row lacks (a gradient's norm in the last one) is null there; one that no row has is left
-    out.
-    """
-    rows = [row for row in rows if f"{metrics[0]}/{name}" in row]
-    rows = [rows[round(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), CURVE_POINTS))]
-    result = {x: [row[x] for row in rows]}
-    for metric in metrics:
-        values = [row.get(f"{metric}/{name}") for row in rows]
-        if set(values) - {None}:
-            result[metric] = [v and float(f"{v:.6g}") for v in values]
-    return result
-
-
-def environment(accelerator):
-    """What a number needs beside it: command, commit, versions, hardware."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    commit = (
-        subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-    )
-    changed = bool(
-        subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
-    )
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else _cpu_name()
-    packages = (torch, timm, accelerate, datasets, np)
-    return {
-        "command": shlex.join(["train.py", *sys.argv[1:]]),
-        "commit": commit and commit + ("+changes" if changed else ""),
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in packages},
-        "hardware": {"device": device, "cpus": os.cpu_count(), "processes": accelerator.num_processes},
-        "precision": launch.precision(accelerator),
-    }
-
-
-def _cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def summary(results):
-    """A table of last-epoch accuracies: the teacher, and each student's mean and spread over seeds."""
-    rows = []
-    if results[0]["teacher"]:
-        rows.append(_row("teacher", [results[0]["teacher"]], results[0]["teacher"]["parameters"]))
-    for i, student in enumerate(results[0]["students"]):
-        scores = [result["students"][i]["last"] for result in results]
-        rows.append(_row(student["name"], scores, student["parameters"]))
-        if "ema" in scores[0]:
-            rows.append(
-                _row(f"{student['name']}-ema", [score["ema"] for score in scores], student["parameters"])
-            )
-    return table(rows)
-
-
-def _row(name, scores, parameters):
-    row = {"network": name, "parameters": parameters}
-    for metric, spread in (("top1", "±"), ("top5", "± ")):
-        values = [score[metric] for score in scores]
-        row[metric] = float(np.mean(values))
-        row[spread] = float(np.std(values, ddof=1)) if len(values) > 1 else "-"
-    return row | {"seeds": len(scores), "n": scores[0]["n"]}

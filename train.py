@@ -37,7 +37,8 @@ import recipe
 import rundir
 import sources
 from evaluate import accuracy, to_float
-from log import Log, count_parameters, export_students, plan, summary, write_result
+from finish import finish, summary
+from log import Log, count_parameters, plan
 
 
 def train(settings, loader, teacher, students, log, checkpoints, signals, step, stop):
@@ -143,18 +144,6 @@ def compiled(teacher, lead, students):
     return torch.compile(teacher, **dynamo.to_kwargs())
 
 
-def finish(log, step, teacher_scores):
-    """Write what is missing of the log, the students for timm, and result.json; returns its content."""
-    if log.steps:
-        log.losses(step)  # after the last checkpoint, because a resumed run would not have this row
-    if log.students[0].last is None or log.students[0].last["step"] != step:
-        log.accuracy(step)
-    if not log.lead.is_main_process:
-        return None
-    export_students(log.folder, log.students, log.settings.data, log.loader.split.names)
-    return write_result(log, step, teacher_scores)
-
-
 # ---------------------------------------------------------------- a recipe: everything is built, then it runs
 
 
@@ -176,6 +165,9 @@ def run_recipe(path, overrides, out, options):
     """Train every run of a recipe into `out`; returns the results, one per seed."""
     lead = launch.make_accelerator()
     prepared = prepare(path, overrides, out, options, lead)
+    if options.dry_run:
+        dry_run(prepared, options, lead)
+        return []
     results = execute(prepared, options, lead)
     if lead.is_main_process:
         print(f"\n{out}\n{summary(results)}")
@@ -238,6 +230,25 @@ def prepare_teacher(settings, path, out, options, lead):
         return models.load_exported(exported)[0], None, exported
     teacher = prepare(path_of_teacher, [], folder, dataclasses.replace(options, resume=folder.exists()), lead)
     return teacher.students[0][0].net, teacher, folder / "students" / name
+
+
+def dry_run(prepared, options, lead):
+    """Print the plan of a recipe, after that of a teacher which would be trained first. Writes nothing."""
+    if prepared.teacher:
+        dry_run(prepared.teacher, options, lead)
+    settings, loader = prepared.settings, prepared.loader
+    students = [
+        distill.prepare_student(student, *built, loader)
+        for student, built in zip(settings.students, prepared.students, strict=True)
+    ]
+    teacher = distill.Teacher(prepared.network, settings.teacher, lead) if settings.teacher else None
+    total = settings.epochs * loader.steps_per_epoch
+    stop = min(total, options.limit or total)
+    log = Log(prepared.out, settings, lead, students, loader, prepared.test_loader, stop, options.limit)
+    lead.print(plan(log, teacher, 0))
+    seeds = f"seed{settings.seed} to seed{settings.seed + settings.runs - 1}, each with "
+    files = "recipe.json, metrics.jsonl, tensorboard/, checkpoints/, students/, result.json"
+    lead.print(f"  would write {prepared.out}: {seeds * (settings.runs > 1)}{files}")
 
 
 def build_students(settings, teacher, loader):
@@ -382,6 +393,7 @@ class Options:
     resume: bool
     overwrite: bool
     workers: int
+    dry_run: bool = False
 
 
 def main(arguments=None):
@@ -405,10 +417,19 @@ def main(arguments=None):
     add("--overwrite", action="store_true", help="delete the run in --out and start again")
     trial = "a trial: stop after so many steps, evaluate on so many batches"
     add("--limit", type=whole_number(1), metavar="STEPS", help=trial)
+    add("--dry-run", action="store_true", help="make every check, print the plan, write nothing")
     processes = min(os.cpu_count() or 1, 8)
     add("--workers", type=whole_number(0), default=processes, help="loader processes per process")
     args = parser.parse_args(arguments)
-    options = Options(args.data, args.students, args.limit, args.resume, args.overwrite, args.workers)
+    options = Options(
+        data=args.data,
+        students=args.students,
+        limit=args.limit,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        workers=args.workers,
+        dry_run=args.dry_run,
+    )
     out = args.out or Path("runs") / (args.recipe.stem + limit_suffix(options))
     if args.resume and args.overwrite:
         parser.error("--resume continues a run, --overwrite deletes it: choose one")

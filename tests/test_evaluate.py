@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, SHARED, make_recipe, needs_imagenet, tree
+from conftest import ROOT, SHARED, make_recipe, needs_imagenet, photos, tree
 from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
@@ -472,3 +472,71 @@ def test_a_config_with_another_kind_of_preprocessing_is_refused(student, capsys)
     with pytest.raises(SystemExit) as caught:
         evaluate.main([str(student), "--data", "digits"])
     assert caught.value.code == 2 and "images cannot be prepared with" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- images, classes
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """(folder of pictures, folder of a student that knows cat, dog and emu)."""
+    network = models.build("cifar_resnet8", classes=3, size=8)
+    folder = tmp_path / "student"
+    names = ["cat", "dog", "emu"]
+    models.export(
+        network, folder, model_args={}, size=8, crop_pct=1.0, interpolation="bilinear", label_names=names
+    )
+    return photos(tmp_path / "zoo", names), folder
+
+
+def test_images_are_classified(zoo, capsys):
+    pictures, student = zoo
+    one = pictures / "val" / "dog" / "3.png"
+    evaluate.main([str(student), "--images", str(one), str(pictures / "val" / "cat"), "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["image"] for row in rows] == [
+        str(one),
+        *(str(pictures / f"val/cat/{i}.png") for i in range(6)),
+    ]
+    network, _ = models.load_exported(student)
+    pixels = torch.as_tensor(np.array(Image.open(one))).permute(2, 0, 1)[None] / 255
+    shares = network.eval()(pixels).softmax(1)[0]
+    best = shares.argmax().item()
+    assert rows[0]["1"] == f"{['cat', 'dog', 'emu'][best]} {100 * shares[best]:.1f} %"
+    assert list(rows[0]) == ["checkpoint", "image", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--images", "nowhere.jpg"], "--images nowhere.jpg: no such file"),
+        (["--images", "tests"], "--images tests: no images there"),
+        (["--images", "README.md"], "README.md: cannot be decoded"),
+    ],
+)
+def test_images_that_are_not_there_are_told(arguments, message, zoo, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(zoo[1]), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_classes_one_by_one_and_what_they_are_taken_for(zoo, tmp_path, capsys):
+    pictures, student = zoo
+    table = tmp_path / "confusion.csv"
+    flags = ["--per-class", "--confusion", str(table), "--json", "--workers", "0"]
+    evaluate.main([str(student), "--data", str(pictures), *flags])
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["class"], row["n"]) for row in rows] == [("cat", 6), ("dog", 6), ("emu", 6)]
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    assert lines[0] == ["class", "cat", "dog", "emu"] and [line[0] for line in lines[1:]] == [
+        "cat",
+        "dog",
+        "emu",
+    ]
+    counts = np.array([[int(cell) for cell in line[1:]] for line in lines[1:]])
+    assert (counts.sum(axis=1) == 6).all()
+    assert [row["top1"] for row in rows] == pytest.approx(100 * np.diag(counts) / 6)
+    evaluate.main([str(student), "--data", str(pictures), "--json", "--workers", "0"])
+    (whole,) = json.loads(capsys.readouterr().out)
+    assert whole["top1"] == pytest.approx(100 * np.trace(counts) / 18, abs=1e-3)

@@ -11,7 +11,9 @@ from conftest import ROOT
 IMPORTS = {
     "losses": {"torch"},
     "recipe": {"pydantic", "pydantic_core"},
+    "folders": {"PIL", "datasets", "pyarrow", "tqdm"},
     "sources": {
+        "folders",
         "recipe",
         "PIL",
         "datasets",
@@ -28,7 +30,20 @@ IMPORTS = {
     "models": {"recipe", "safetensors", "timm", "torch"},
     "optim": {"timm", "torch"},
     "launch": {"recipe", "accelerate", "torch"},
-    "evaluate": {"recipe", "sources", "data", "models", "accelerate", "datasets", "numpy", "timm", "torch"},
+    "evaluate": {
+        "recipe",
+        "folders",
+        "sources",
+        "augment",
+        "data",
+        "models",
+        "pandas",
+        "accelerate",
+        "datasets",
+        "numpy",
+        "timm",
+        "torch",
+    },
     "distill": {"launch", "losses", "models", "optim", "recipe", "timm", "torch"},
     "rundir": {"recipe", "pydantic", "typing_extensions"},
     "checkpoint": {
@@ -42,20 +57,11 @@ IMPORTS = {
         "safetensors",
     }
     | {"timm", "torch", "typing_extensions"},
-    "log": {
-        "rundir",
-        "distill",
-        "evaluate",
-        "launch",
-        "models",
-        "accelerate",
-        "datasets",
-        "numpy",
-        "timm",
-    }
+    "log": {"distill", "evaluate", "launch", "rundir", "sources", "numpy", "timm", "torch"},
+    "finish": {"evaluate", "launch", "log", "models", "rundir", "accelerate", "datasets", "numpy", "timm"}
     | {"torch"},
-    "train": {"augment", "checkpoint", "data", "distill", "evaluate", "launch", "log", "models", "optim"}
-    | {"recipe", "rundir", "sources", "accelerate", "torch", "tqdm"},
+    "train": {"augment", "checkpoint", "data", "distill", "evaluate", "finish", "launch", "log", "models"}
+    | {"optim", "recipe", "rundir", "sources", "accelerate", "torch", "tqdm"},
 }
 ALONE = {"losses", "models"}  # copied into other projects: they import none of ours
 PYTHON = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]

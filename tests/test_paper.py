@@ -72,6 +72,7 @@ def done(settings, student):
 
 def test_the_files_are_those_of_the_list():
     others = {"quickstart", "quickstart_teacher", "own_images", "own_images_teacher"}
+    others |= {"own_images_small", "own_images_small_teacher"}
     others |= {"a2_res50_beitl_lr", "prev_cifar_res20_res56_hints", "prev_cifar_res8x4_res32x4_hints"}
     others |= {"study_fraction_weak", "study_fraction_strong", "study_ablation_cifar"}
     assert {p.stem for p in (ROOT / "recipes").glob("*.json")} == set(LISTED) | others

@@ -286,6 +286,46 @@ def test_a_teacher_recipe_must_fit(tmp_path, capsys):
     assert not out.exists() and not (tmp_path / "t").exists()
 
 
+# ---------------------------------------------------------------- own images
+
+
+def test_own_images_in_one_command(tmp_path, capsys, monkeypatch):
+    """Class folders without splits: classes counted, a tenth held out, teacher, two students, cards; then by timm."""
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "all", ["cat", "dog", "emu"], 20)
+    (tmp_path / "all" / "train").rename("photos")
+    path = ROOT / "recipes" / "own_images_small.json"
+    result = run(path, tmp_path / "runs" / "small", "--data", "photos", "--limit", 2)
+    printed = capsys.readouterr().out
+    assert (
+        "tested on 10 % of the images of each class of train" in printed and "54 images of photos" in printed
+    )
+    assert [student["name"] for student in result["students"]] == ["alone", "kd"]
+    assert {student["last"]["n"] for student in result["students"]} == {6}
+    assert result["recipe"]["data"]["classes"] == 3 and result["recipe"]["data"]["test_split"] == "held out"
+    kd = tmp_path / "runs" / "small" / "students" / "kd"
+    card = (kd / "README.md").read_text()
+    assert "cifar_resnet8, 77,587 parameters, for images of 64 pixels and 3 classes (cat, dog, emu)" in card
+    assert (
+        "Distilled with 1 kd {'temperature': 1.0} + 1 cross_entropy from" in card and "import models" in card
+    )
+    assert "Trained on labels alone" in (kd.parent / "alone" / "README.md").read_text()
+    net = timm.create_model(f"local-dir:{kd}", pretrained=True)
+    assert list(net.pretrained_cfg["label_names"]) == ["cat", "dog", "emu"]
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path, capsys):
+    write(tmp_path / "t.json", students=[BIG], epochs=3)
+    path = write(tmp_path / "r.json", teacher={"recipe": "t.json"}, students=[STUDENT], runs=2)
+    train.main([str(path), "--out", str(tmp_path / "out"), "--workers", "0", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert (
+        f"{tmp_path / 't'}: 3 epochs of 15 steps" in printed and f"{tmp_path / 'out'}: 2 epochs of" in printed
+    )
+    assert f"would write {tmp_path / 'out'}: seed1 to seed2, each with recipe.json" in printed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "t.json"]
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -397,7 +437,17 @@ def test_the_command_line_is_frozen(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     usage = capsys.readouterr().out
-    flags = ["--set", "--data", "--students", "--out", "--resume", "--overwrite", "--limit", "--workers"]
+    flags = [
+        "--set",
+        "--data",
+        "--students",
+        "--out",
+        "--resume",
+        "--overwrite",
+        "--limit",
+        "--dry-run",
+        "--workers",
+    ]
     assert all(flag in usage for flag in flags)
     assert usage.split("options:")[1].count("\n  --") == len(flags)
 
@@ -529,19 +579,19 @@ def test_what_a_run_leaves_behind(tmp_path, teacher_file, capsys):
 
 
 RECIPES = {path: recipe.load(path) for path in sorted((ROOT / "recipes").glob("*.json"))}
-SMALL = [path for path, settings in RECIPES.items() if settings.data.classes < 1000]
+SMALL = [path for path, settings in RECIPES.items() if (settings.data.classes or 3) < 1000]
 IMAGENET = [path for path, settings in RECIPES.items() if settings.data.source.startswith("ILSVRC")]
 
 
 def generated(folder, section):
-    """24 images of noise a split, of the recipe's size, columns and number of classes."""
+    """24 images of noise a split, of the recipe's size, columns and number of classes (else 3)."""
     chance = np.random.default_rng(0)
-    names = [f"c{i}" for i in range(section.classes)]
+    names = [f"c{i}" for i in range(section.classes or 3)]
     kinds = {section.image: datasets.Image(), section.label: datasets.ClassLabel(names=names)}
     folder.mkdir()
-    for split in (section.train_split, section.test_split):
+    for split in (section.train_split or "train", section.test_split or "validation"):
         pixels = chance.integers(0, 256, (24, section.size, section.size, 3), dtype=np.uint8)
-        labels = chance.integers(0, section.classes, 24).tolist()
+        labels = chance.integers(0, len(names), 24).tolist()
         columns = {section.image: list(map(Image.fromarray, pixels)), section.label: labels}
         table = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
         table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
@@ -563,7 +613,7 @@ def test_every_recipe_runs_two_steps(path, tmp_path):
     changes += [f"students.{i}.pretrained=false" for i in range(len(settings.students))]  # no hub in a test
     if settings.teacher:
         model, file = (
-            timm.create_model("cifar_resnet8", num_classes=settings.data.classes),
+            timm.create_model("cifar_resnet8", num_classes=settings.data.classes or 3),
             tmp_path / "t.pth",
         )
         torch.save(model.state_dict(), file)

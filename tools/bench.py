@@ -57,7 +57,8 @@ import recipe
 import sources
 import train
 from evaluate import to_float
-from log import Log, environment
+from finish import environment
+from log import Log
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -39,8 +39,8 @@ import figures  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import finish  # noqa: E402
 import launch  # noqa: E402
-import log  # noqa: E402
 import models  # noqa: E402
 import recipe  # noqa: E402
 import sources  # noqa: E402
@@ -239,7 +239,7 @@ def main(arguments=None):
         result = compare(args, accelerator)
     except (recipe.RecipeError, sources.DataError, models.ModelError) as error:
         parser.exit(2, f"error: {error}\n")
-    result |= log.environment(accelerator)
+    result |= finish.environment(accelerator)
     result["command"] = shlex.join(["tools/cka.py", *(sys.argv[1:] if arguments is None else arguments)])
     write(args.out, result)
     shape = f"{len(result['cka'])} x {len(result['cka'][0])} layers"

@@ -1,0 +1,214 @@
+"""What a finished run leaves: students for timm with their cards, result.json, and the printed table."""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate
+import datasets
+import numpy as np
+import timm
+import torch
+
+import launch
+import models
+import rundir
+from evaluate import table
+from log import GRADIENTS, count_parameters
+
+LOSS_CURVES, ACCURACY_CURVES = ("loss", "hard", "soft", *GRADIENTS), ("top1", "top1_ema")
+CURVE_POINTS = 300  # of a curve in result.json
+
+
+def finish(log, step, teacher_scores):
+    """Write what is missing of the log, the students for timm, and result.json; returns its content."""
+    if log.steps:
+        log.losses(step)  # after the last checkpoint, because a resumed run would not have this row
+    if log.students[0].last is None or log.students[0].last["step"] != step:
+        log.accuracy(step)
+    if not log.lead.is_main_process:
+        return None
+    export_students(log.folder, log.students, log.settings.data, log.loader.split.names)
+    result = write_result(log, step, teacher_scores)
+    write_cards(log, result)
+    return result
+
+
+def export_students(folder, students, data, label_names):
+    """Write students/NAME (and NAME-ema) for timm; see models.export."""
+    preprocessing = {key: getattr(data, key) for key in ("size", "crop_pct", "interpolation")}
+    (folder / "students").mkdir(exist_ok=True)
+    for student in students:
+        networks = {student.name: student.net}
+        if student.ema:
+            networks[f"{student.name}-ema"] = student.ema.module
+        for name, network in networks.items():
+            path, model_args = folder / "students" / name, student.settings.model_args
+            models.export(network, path, model_args=model_args, label_names=label_names, **preprocessing)
+
+
+CARD = """---
+library_name: timm
+pipeline_tag: image-classification
+tags: [image-classification, timm, knowledge-distillation]
+---
+
+# {name}
+
+{model}, {parameters:,} parameters, for images of {size} pixels and {classes} classes{named}.
+{lesson}
+
+| test images | top-1 | top-5 |
+|---|---|---|
+| {n:,} of {source}, {split} | {top1:.2f} % | {top5:.2f} % |
+
+The numbers are those of the last epoch ({epochs:g} epochs, seed {seed}{trial}).
+
+```python
+import timm, torch{needs}
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+Trained by `{command}`, commit {commit}, with {versions}.
+"""
+
+
+def write_cards(log, result):
+    """Write students/NAME/README.md, the card that the hub shows, for every student and its average."""
+    settings, names = log.settings, log.loader.split.names or []
+    for student, scores in zip(log.students, result["students"], strict=True):
+        facts = {key: result[key] for key in ("epochs", "seed", "command", "commit")}
+        facts |= dict(model=student.settings.model, parameters=scores["parameters"], size=settings.data.size)
+        facts |= dict(
+            classes=settings.data.classes, source=settings.data.source, split=settings.data.test_split
+        )
+        facts["named"] = f" ({', '.join(names[:10])}{', ...' * (len(names) > 10)})" if names else ""
+        facts["trial"] = f"; a trial of {result['steps']} steps" if result["limit"] else ""
+        facts["versions"] = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        facts["needs"] = "\nimport models  # of this project: timm does not have the network"
+        facts["needs"] *= student.settings.model in models.VARIANTS
+        facts["lesson"] = _lesson(student.settings, result["teacher"])
+        cards = {student.name: scores["last"]}
+        if student.ema:
+            cards[f"{student.name}-ema"] = scores["last"]["ema"]
+        for name, last in cards.items():
+            text = CARD.format(name=name, **{key: last[key] for key in ("n", "top1", "top5")}, **facts)
+            rundir.write_atomic(log.folder / "students" / name / "README.md", text)
+
+
+def _lesson(student, teacher):
+    if student.soft is None:
+        return f"Trained on labels alone, with {student.hard.loss}."
+    return (
+        f"Distilled with {student.soft.weight:g} {student.soft.loss} {student.soft.args} + "
+        f"{student.hard.weight:g} {student.hard.loss} from {teacher['name']} "
+        f"({teacher['parameters']:,} parameters, top-1 {teacher['top1']:.2f} %)."
+    )
+
+
+def write_result(log, step, teacher_scores):
+    """Write result.json and return its content: the last evaluation counts, the best is only logged."""
+    settings, students, rows = log.settings, log.students, log.rows()
+    seconds = {name: round(total / step, 6) for name, total in log.clock.total.items()}
+    log.lead.print("seconds a step: " + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()))
+    on_gpu = log.lead.device.type == "cuda"
+    result = {
+        "seed": settings.seed,
+        "students": [
+            {"name": s.name, "parameters": count_parameters(s.net), "last": s.last, "best": s.best}
+            for s in students
+        ],
+        "curves": {s.name: curve(rows, s.name, "step", LOSS_CURVES) for s in students},
+        "accuracy": {s.name: curve(rows, s.name, "epoch", ACCURACY_CURVES) for s in students},
+        "teacher": teacher_scores,
+        "steps": step,
+        "epochs": step / log.steps_per_epoch,
+        "limit": log.limit,
+        "seconds": round(log.seconds, 1),
+        "seconds_per_step": seconds,
+        "broken_images": len(log.loader.broken),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "images_per_second": round(step * settings.batch_size / log.seconds, 1),
+        **environment(log.lead),
+        "recipe": dataclasses.asdict(settings),
+    }
+    text = json.dumps(result, indent=2)
+    numbers = r"\[\n[-+.\deE,\s]+\]"
+    text = re.sub(numbers, lambda match: " ".join(match[0].split()), text)  # a curve is one line
+    rundir.write_atomic(log.folder / "result.json", text + "\n")
+    return result
+
+
+def curve(rows, name, x, metrics):
+    """{x: [...], metric: [...]} of a student over the rows with its first metric, at most CURVE_POINTS.
+
+    A metric that a row lacks (a gradient's norm in the last one) is null there; one that no row has is left
+    out.
+    """
+    rows = [row for row in rows if f"{metrics[0]}/{name}" in row]
+    rows = [rows[round(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), CURVE_POINTS))]
+    result = {x: [row[x] for row in rows]}
+    for metric in metrics:
+        values = [row.get(f"{metric}/{name}") for row in rows]
+        if set(values) - {None}:
+            result[metric] = [v and float(f"{v:.6g}") for v in values]
+    return result
+
+
+def environment(accelerator):
+    """What a number needs beside it: command, commit, versions, hardware."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    commit = (
+        subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    )
+    changed = bool(
+        subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    )
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else _cpu_name()
+    packages = (torch, timm, accelerate, datasets, np)
+    return {
+        "command": shlex.join(["train.py", *sys.argv[1:]]),
+        "commit": commit and commit + ("+changes" if changed else ""),
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in packages},
+        "hardware": {"device": device, "cpus": os.cpu_count(), "processes": accelerator.num_processes},
+        "precision": launch.precision(accelerator),
+    }
+
+
+def _cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def summary(results):
+    """A table of last-epoch accuracies: the teacher, and each student's mean and spread over seeds."""
+    rows = []
+    if results[0]["teacher"]:
+        rows.append(_row("teacher", [results[0]["teacher"]], results[0]["teacher"]["parameters"]))
+    for i, student in enumerate(results[0]["students"]):
+        scores = [result["students"][i]["last"] for result in results]
+        rows.append(_row(student["name"], scores, student["parameters"]))
+        if "ema" in scores[0]:
+            rows.append(
+                _row(f"{student['name']}-ema", [score["ema"] for score in scores], student["parameters"])
+            )
+    return table(rows)
+
+
+def _row(name, scores, parameters):
+    row = {"network": name, "parameters": parameters}
+    for metric, spread in (("top1", "±"), ("top5", "± ")):
+        values = [score[metric] for score in scores]
+        row[metric] = float(np.mean(values))
+        row[spread] = float(np.std(values, ddof=1)) if len(values) > 1 else "-"
+    return row | {"seeds": len(scores), "n": scores[0]["n"]}
