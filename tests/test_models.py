@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import ROOT
+from PIL import Image
 from timm.data import ImageNetInfo
 
 import models
@@ -219,6 +221,26 @@ def test_exported_students_load_in_timm(name, arguments, tmp_path):
     assert config == [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 0.9, [3, 32, 32], "bicubic"]
     again, _ = models.load_exported(tmp_path / "s")
     torch.testing.assert_close(again.eval()(images), network(images))
+
+
+def test_a_student_goes_to_onnx_and_torch_export(tmp_path):
+    """By the README's lines; to 1e-5."""
+    import onnxruntime
+
+    student = models.build("cifar_resnet8", classes=10, size=8)
+    models.export(student, tmp_path / "kd", model_args={}, size=8, crop_pct=1.0, interpolation="bilinear")
+    net = timm.create_model(f"local-dir:{tmp_path / 'kd'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    image = transform(Image.fromarray(pixels))[None]
+    logits = net(image)
+    torch.testing.assert_close(student.eval()(image * student.std + student.mean), logits, rtol=0, atol=1e-5)
+    torch.onnx.export(net, image, tmp_path / "kd.onnx", dynamo=True)
+    session = onnxruntime.InferenceSession(tmp_path / "kd.onnx")
+    (answer,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(answer), logits, rtol=0, atol=1e-5)
+    exported = torch.export.export(net, (image,)).module()
+    torch.testing.assert_close(exported(image), logits, rtol=0, atol=1e-5)
 
 
 def test_an_export_that_was_killed_does_not_block_the_next(tmp_path):

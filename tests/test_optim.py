@@ -110,6 +110,23 @@ def test_lamb_is_the_papers():
         torch.testing.assert_close(p.detach(), expected[n], rtol=1e-9, atol=1e-12)
 
 
+def test_lamb_in_float32_is_that_of_float64():
+    """Bias corrections in float32 would change each step by 6e-6; rounding alone leaves less than 1e-6."""
+    moved = []
+    for kind in (torch.float32, torch.float64):
+        module, optimizer = built(dict(STUDENT, soft=None, optimizer="lamb", optimizer_args={}, lr=0.5))
+        module.to(kind)
+        start = [p.detach().clone() for p in module.parameters()]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            for p in module.parameters():
+                p.grad = torch.randn(p.shape, generator=generator).to(kind)
+            optimizer.step()
+        gaps = [(p - q).double().flatten() for p, q in zip(module.parameters(), start, strict=True)]
+        moved.append(torch.cat(gaps).detach())
+    assert (moved[0] - moved[1]).norm() < 1e-6 * moved[1].norm()
+
+
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_upstreams_optimizer_groups_are_ours(name):
     """As create_optimizer_v2 of timm groups the bare model."""
