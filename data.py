@@ -201,6 +201,7 @@ class _Loader(DataLoader):
 
 def _with_plain_errors(batches):
     while True:
+        failure = None
         try:
             batch = next(batches)
         except StopIteration:
@@ -208,11 +209,17 @@ def _with_plain_errors(batches):
         except DataError as error:
             kind = type(error)
             _, _, message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
-            raise kind(message.strip() or str(error)) from error
+            failure = kind(message.strip() or str(error))
+            error.__traceback__ = None  # its frames hold the iterator
         except RuntimeError as error:
-            if death := dead_worker(error):
-                raise death from error
-            raise
+            failure = dead_worker(error)
+            if failure is None:
+                raise
+        if failure:
+            # Nothing else holds the iterator, which now tells its workers to end. The garbage collector would
+            # close their queues first, and then wait 10 s for each worker.
+            del batches
+            raise failure
         yield batch
 
 

@@ -1028,9 +1028,11 @@ def test_evaluation_of_a_resident_set_is_that_of_the_other_loader():
 @WORKERS
 def test_evaluation_never_skips(tmp_path, streaming, workers):
     source = write_parquet(tmp_path / "p", WHOLE | {17: BROKEN[17]}, "validation", shards=2)
+    others = set(multiprocessing.active_children())
     with pytest.raises(data.DataError, match=r"^image \d+ \(017.jpg\): cannot be decoded: .*\)$") as error:
         list(evaluation(source, workers, **STREAM if streaming else {}))
     assert "\n" not in str(error.value)  # also from a worker, to whose errors PyTorch adds its traceback
+    assert not set(multiprocessing.active_children()) - others  # the workers have ended, too
 
 
 def test_a_broken_test_image_of_a_resident_set_is_an_error(broken_source):

@@ -1,7 +1,7 @@
 """What can go wrong while a run is left alone: kills, signals, full disks, broken images, numbers that are not finite.
 
 Damaged checkpoints and locks are in test_checkpoint.py, the data's faults in test_data_faults.py, those of
-several processes in test_distributed.py. A longer soak: SOAK_SIGNALS=200 python -m pytest tests/test_faults.py -k soak
+several processes in test_distributed.py. A longer soak: SOAK_SIGNALS=200 python -m pytest tests/test_faults.py -k soak -m ''
 """
 
 import collections
@@ -106,7 +106,11 @@ def interrupt(group, how):
         os.kill(group, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("changes, workers", [({}, 0), (STREAM, 2)], ids=["mapped", "streamed"])
+@pytest.mark.parametrize(
+    "changes, workers",
+    [pytest.param({}, 0, marks=pytest.mark.slow), (STREAM, 2)],
+    ids=["mapped", "streamed"],
+)
 def test_a_soak_of_signals_ends_in_the_same_weights(changes, workers, tmp_path, teacher_file):
     """At random moments of start, steps, saves and evaluations: weights, state and metrics as without."""
     epochs = 2 + SIGNALS // 4
