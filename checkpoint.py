@@ -307,17 +307,22 @@ def optimizer_state(student):
     if not launch.partitions_optimizer(student.accelerator):
         return student.optimizer.state_dict()
 
-    from deepspeed.utils import safe_get_full_optimizer_state  # an optional package
+    from deepspeed.utils import safe_get_full_fp32_param  # an optional package
 
     zero, states, groups = student.optimizer.optimizer, {}, []
     for parameters, group in zip(zero.bit16_groups, zero.optimizer.param_groups, strict=True):
         (flat,) = group["params"]  # all tensors of the group, joined, this process's share
-        first = len(states)
-        for i, parameter in enumerate(parameters, first):
-            states[i] = {}
-            for key, value in zero.optimizer.state[flat].items():
-                whole = torch.is_tensor(value) and value.shape == flat.shape
-                states[i][key] = safe_get_full_optimizer_state(parameter, key) if whole else value
+        first, weights = len(states), flat.detach().clone()
+        states |= {i: {} for i in range(first, first + len(parameters))}
+        for key, value in zero.optimizer.state[flat].items():
+            partitioned = torch.is_tensor(value) and value.shape == flat.shape
+            if partitioned:
+                # DeepSpeed gathers weights, which lie as the state does; its function for the state knows
+                # only the tensors that were there at the first step
+                flat.data.copy_(value)
+            for i, parameter in enumerate(parameters, first):
+                states[i][key] = safe_get_full_fp32_param(parameter) if partitioned else value
+        flat.data.copy_(weights)
         rest = {key: value for key, value in group.items() if key != "params"}
         groups.append(rest | {"params": list(range(first, len(states)))})
     return {"state": states, "param_groups": groups}
