@@ -35,6 +35,8 @@ class StudentState(TypedDict):
     scaler: dict | None
     sums: list[float] | float
     skipped: recipe.Whole
+    skipped_in_a_row: NotRequired[recipe.Whole]  # once called barren
+    barren: NotRequired[recipe.Whole]
     last: rundir.Scores | None
     best: rundir.Scores | None
 
@@ -165,9 +167,9 @@ class Checkpoints:
         try:
             for student in students:
                 restore_student(newest, student, state["students"][student.name], self.lead.device)
+        except launch.TrainingError:
+            raise
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            if isinstance(error, launch.TrainingError):
-                raise
             raise launch.TrainingError(
                 f"{newest}: does not hold what this run needs ({error}), although its digests are right: it "
                 "was written by another program; start again with --overwrite"

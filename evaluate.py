@@ -36,6 +36,7 @@ import data
 import folders
 import models
 import recipe
+import rundir
 import sources
 
 
@@ -238,7 +239,7 @@ def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers, per_cla
             for note in notes(network, section, ids):
                 accelerator.print(f"{name}: {note}", file=sys.stderr)
 
-    scores, classes = {}, []
+    scores, counts = {}, {}
     for (results, section), members in passes.items():
         real = real_labels() if is_imagenet and "real" in results else None
         place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=workers)
@@ -250,13 +251,14 @@ def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers, per_cla
                 right = [real[i] for i in index]
             for (name, _, ids), answers in zip(members, best, strict=True):
                 scores[name, result] = score(answers, [[ids[i] for i in row] for row in right])
-        for (name, network, ids), answers in zip(members, best, strict=True):
-            counts = confusions(network, [ids[label] for label in labels], [row[0] for row in answers])
-            classes += class_rows(name, counts)
-            if confusion:
-                write_confusions(confusion, counts)
+        if per_class or confusion:
+            for (name, network, ids), answers in zip(members, best, strict=True):
+                right = [ids[label] for label in labels]
+                counts[name, results[0]] = confusions(network, right, [row[0] for row in answers])
+    if confusion and accelerator.is_main_process:
+        write_confusions(confusion, counts)
     if per_class:
-        return classes
+        return [row for key, table_of_one in counts.items() for row in class_rows(*key, table_of_one)]
     return [
         {"checkpoint": name, "data": result, "split": section.test_split, **scores[name, result]}
         for name, result, section in order
@@ -271,21 +273,23 @@ def confusions(network, labels, answers):
     return pd.DataFrame(counts, index=names, columns=names)
 
 
-def class_rows(name, counts):
-    """{"checkpoint", "class", "n", "top1", "most often taken for"} of each class that has images."""
+def class_rows(name, result, counts):
+    """{"checkpoint", "data", "class", "n", "top1", "most often taken for"} of each class that has images."""
     rows = []
     for label, row in counts[counts.sum(axis=1) > 0].iterrows():
         wrong = row.drop(label)
         other = str(wrong.idxmax()) if wrong.sum() else ""
         top1 = 100 * float(row[label] / row.sum())
-        counted = {"checkpoint": name, "class": label, "n": int(row.sum()), "top1": top1}
+        counted = {"checkpoint": name, "data": result, "class": label, "n": int(row.sum()), "top1": top1}
         rows.append(counted | {"most often taken for": other})
     return rows
 
 
 def write_confusions(path, counts):
+    """Write {(checkpoint, data): frame of `confusions`} as one CSV file."""
+    text = pd.concat(counts, names=["checkpoint", "data", "class"]).to_csv()
     try:
-        counts.to_csv(path, index_label="class")
+        rundir.write_atomic(path, text)
     except OSError as error:
         raise sources.DataError(f"--confusion {path}: cannot be written: {error.strerror}") from error
 

@@ -35,8 +35,9 @@ def finish(log, step, teacher_scores):
     if not log.lead.is_main_process:
         return None
     export_students(log.folder, log.students, log.settings.data, log.loader.split.names)
-    result = write_result(log, step, teacher_scores)
+    result = result_of(log, step, teacher_scores)
     write_cards(log, result)
+    write_result(log.folder, result)  # last, because a run with a result is finished
     return result
 
 
@@ -113,13 +114,13 @@ def _lesson(student, teacher):
     )
 
 
-def write_result(log, step, teacher_scores):
-    """Write result.json and return its content: the last evaluation counts, the best is only logged."""
+def result_of(log, step, teacher_scores):
+    """What result.json holds: the last evaluation counts, the best is only logged."""
     settings, students, rows = log.settings, log.students, log.rows()
     seconds = {name: round(total / step, 6) for name, total in log.clock.total.items()}
     log.lead.print("seconds a step: " + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()))
     on_gpu = log.lead.device.type == "cuda"
-    result = {
+    return {
         "seed": settings.seed,
         "students": [
             {"name": s.name, "parameters": count_parameters(s.net), "last": s.last, "best": s.best}
@@ -139,11 +140,13 @@ def write_result(log, step, teacher_scores):
         **environment(log.lead),
         "recipe": dataclasses.asdict(settings),
     }
+
+
+def write_result(folder, result):
     text = json.dumps(result, indent=2)
     numbers = r"\[\n[-+.\deE,\s]+\]"
     text = re.sub(numbers, lambda match: " ".join(match[0].split()), text)  # a curve is one line
-    rundir.write_atomic(log.folder / "result.json", text + "\n")
-    return result
+    rundir.write_atomic(folder / "result.json", text + "\n")
 
 
 def curve(rows, name, x, metrics):

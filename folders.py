@@ -39,7 +39,13 @@ def open_splits(root):
     folders, files = _entries(root)
     if not folders or any(file.endswith(OTHERS) or is_image(file) for file in files):
         return None
-    places = {SPLITS[name.lower()]: name for name in folders if name.lower() in SPLITS}
+    places = {}
+    for name in folders:
+        split = SPLITS.get(name.lower())
+        if split in places:
+            raise FolderError(f"{root}: {places[split]}/ and {name}/ are both the split {split}: join them")
+        if split:
+            places[split] = name
     if "train" not in places and len(places) < len(folders):
         places = {"train": "."}  # the class folders themselves
     listed = {split: _classes(os.path.join(root, place)) for split, place in places.items()}

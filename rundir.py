@@ -81,11 +81,16 @@ class Manifest(TypedDict):
     files: dict[str, Written]
 
 
-class Scores(TypedDict):
+class Score(TypedDict):
     top1: float
     top5: float
     n: recipe.Whole
-    ema: NotRequired[dict]
+
+
+class Scores(Score):
+    step: recipe.Whole
+    epoch: float
+    ema: NotRequired[Score]
 
 
 class StudentResult(TypedDict):
@@ -94,7 +99,7 @@ class StudentResult(TypedDict):
     last: Scores
 
 
-class TeacherResult(Scores):
+class TeacherResult(Score):
     parameters: recipe.Whole
 
 
@@ -115,8 +120,8 @@ def read_checked(path, kind):
         kind.validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise recipe.RecipeError(f"{path}: {place}: {fault['msg']}: not as it was written") from None
+        place = "".join(f"{part}: " for part in (".".join(map(str, fault["loc"])),) if part)
+        raise recipe.RecipeError(f"{path}: {place}{fault['msg']}: not as it was written") from None
     return tree
 
 
@@ -151,35 +156,42 @@ def lock(folder):
 def open_folder(folder, settings, *, resume, overwrite, limit=None):
     """Prepare a run's folder, new, resumed or replaced, and write the recipe as it runs into it.
 
-    RecipeError for a folder that is used already, is not a run's, or was begun with other settings.
+    Raises RecipeError as `check_folder`.
+    """
+    check_folder(folder, settings, resume=resume, overwrite=overwrite, limit=limit)
+    if overwrite:
+        for path in folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_atomic(folder / "recipe.json", recipe.dump(settings))
+
+
+def check_folder(folder, settings, *, resume, overwrite, limit=None):
+    """RecipeError for a folder that is used already, is not a run's, or was begun with other settings.
+
     limit: steps of a trial.
     """
+    left_by_a_failed_start = {"recipe.json", ".lock"}
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= left_by_a_failed_start:
+        return
     written = folder / "recipe.json"
-    if {p.name for p in folder.iterdir()} - {
-        "recipe.json",
-        ".lock",
-    }:  # these alone are left by a start that failed
-        if not os.path.lexists(written):
-            raise recipe.RecipeError(
-                f"{folder}: not empty, and not the folder of a run (no recipe.json): choose another --out"
-            )
-        if overwrite:
-            for path in folder.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        elif not resume:
-            raise recipe.RecipeError(
-                f"{folder}: holds a run: continue it with --resume or replace it with --overwrite"
-            )
-        else:
-            check_entries(folder)
-            check_limit(folder, limit)
-            if changes := differences(recipe.load(written), settings):
-                lines = "\n  ".join(changes)
-                raise recipe.RecipeError(
-                    f"{folder}: --resume with other settings than the run began with:\n  {lines}"
-                )
-    write_atomic(written, recipe.dump(settings))
+    if not os.path.lexists(written):
+        raise recipe.RecipeError(
+            f"{folder}: not empty, and not the folder of a run (no recipe.json): choose another --out"
+        )
+    if overwrite:
+        return
+    if not resume:
+        raise recipe.RecipeError(
+            f"{folder}: holds a run: continue it with --resume or replace it with --overwrite"
+        )
+    check_entries(folder)
+    check_limit(folder, limit)
+    if changes := differences(recipe.load(written), settings):
+        lines = "\n  ".join(changes)
+        raise recipe.RecipeError(
+            f"{folder}: --resume with other settings than the run began with:\n  {lines}"
+        )
 
 
 def check_entries(folder):

@@ -75,8 +75,9 @@ def resolved(data):
     if data.train_split and data.test_split and data.classes:
         return data
     splits, _, _ = _splits(data.source, data.streaming)
-    train = data.train_split or ("train" if "train" in splits else next(iter(splits)))
-    test = data.test_split or next((name for name in ("validation", "test") if name in splits), HELD_OUT)
+    train = data.train_split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
+    others = [name for name in ("validation", "test") if name in splits and name != train]
+    test = data.test_split or (others or [HELD_OUT])[0]
     names = _class_names(getattr(splits.get(train), "features", None), data.label)
     if not (data.classes or names):
         raise DataError(

@@ -237,6 +237,8 @@ def dry_run(prepared, options, lead):
     if prepared.teacher:
         dry_run(prepared.teacher, options, lead)
     settings, loader = prepared.settings, prepared.loader
+    for folder, of_seed in runs_of(settings, prepared.out):
+        rundir.check_folder(folder, of_seed, **how_to_open(options))
     students = [
         distill.prepare_student(student, *built, loader)
         for student, built in zip(settings.students, prepared.students, strict=True)
@@ -267,25 +269,19 @@ def build_students(settings, teacher, loader):
 def execute(prepared, options, lead):
     """Train the teacher if it must be, then every seed; returns the results, one per seed."""
     settings, out = prepared.settings, prepared.out
-    folders = {seed: out for seed in range(settings.seed, settings.seed + settings.runs)}
-    if settings.runs > 1:
-        folders = {seed: out / f"seed{seed}" for seed in folders}
     locks = []
     if lead.is_main_process:
-        for seed, folder in folders.items():
+        for folder, of_seed in runs_of(settings, out):
             locks.append(rundir.lock(folder))
-            of_seed = dataclasses.replace(settings, seed=seed, runs=1)
-            how = dict(resume=options.resume, overwrite=options.overwrite, limit=options.limit)
-            rundir.open_folder(folder, of_seed, **how)
+            rundir.open_folder(folder, of_seed, **how_to_open(options))
     lead.wait_for_everyone()
     teacher, teacher_scores = make_teacher(prepared, options, lead) if settings.teacher else (None, None)
     results = []
-    for seed, folder in folders.items():
+    for folder, of_seed in runs_of(settings, out):
         result = finished(folder, options.limit)
         if result is None:
-            of_seed = dataclasses.replace(settings, seed=seed, runs=1)
             modules = prepared.students
-            if seed != settings.seed:
+            if of_seed.seed != settings.seed:
                 modules = build_students(of_seed, prepared.network, prepared.loader)
             prepared.students = None  # later seeds need their memory on the device
             prepared.loader.broken = {}
@@ -351,6 +347,18 @@ def load(path, overrides, options):
     return dataclasses.replace(settings, students=students, teacher=teacher)
 
 
+def runs_of(settings, out):
+    """[(folder, the recipe with one seed)]; several seeds get a folder each."""
+    seeds = range(settings.seed, settings.seed + settings.runs)
+    several = settings.runs > 1
+    of_seeds = [dataclasses.replace(settings, seed=seed, runs=1) for seed in seeds]
+    return [(out / f"seed{one.seed}" if several else out, one) for one in of_seeds]
+
+
+def how_to_open(options):
+    return dict(resume=options.resume, overwrite=options.overwrite, limit=options.limit)
+
+
 def limit_suffix(options):
     return f"-limit{options.limit}" if options.limit else ""
 
@@ -393,7 +401,7 @@ class Options:
     resume: bool
     overwrite: bool
     workers: int
-    dry_run: bool = False
+    dry_run: bool
 
 
 def main(arguments=None):
@@ -421,15 +429,7 @@ def main(arguments=None):
     processes = min(os.cpu_count() or 1, 8)
     add("--workers", type=whole_number(0), default=processes, help="loader processes per process")
     args = parser.parse_args(arguments)
-    options = Options(
-        data=args.data,
-        students=args.students,
-        limit=args.limit,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        workers=args.workers,
-        dry_run=args.dry_run,
-    )
+    options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
     out = args.out or Path("runs") / (args.recipe.stem + limit_suffix(options))
     if args.resume and args.overwrite:
         parser.error("--resume continues a run, --overwrite deletes it: choose one")

@@ -157,7 +157,9 @@ def run(path, out, *arguments, workers=0):
 
 
 def run_until(step, path, out, *arguments, workers=0):
-    """Train a recipe in this process until SIGTERM arrives in this optimizer step, which ends in a checkpoint."""
+    """Train a recipe in this process until SIGTERM arrives in this optimizer step, which ends in a
+    checkpoint.
+    """
     import launch
 
     steps, agreed = itertools.count(newest(out) + 1), launch.Signals.agreed

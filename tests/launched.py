@@ -1,4 +1,6 @@
-"""What test_distributed.py launches: train.py as it is, then what each process has seen, as JSON in $REPORT/RANK.json."""
+"""What test_distributed.py launches: train.py as it is, then what each process has seen, as JSON in
+$REPORT/RANK.json.
+"""
 
 import contextlib
 import hashlib

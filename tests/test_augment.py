@@ -1,4 +1,6 @@
-"""augment.py: decoding, timm's crops to the byte, the fast pipeline against them, mixing. Real and synthetic images."""
+"""augment.py: decoding, timm's crops to the byte, the fast pipeline against them, mixing. Real and synthetic
+images.
+"""
 
 import collections
 import functools
@@ -242,7 +244,9 @@ def test_a_crop_is_timms_to_the_pixel(tmp_path):
 
 
 def corners(transform, n, seed):
-    """Left edge, top edge, width and height of n crops, read from the gradient in the red and green channels."""
+    """Left edge, top edge, width and height of n crops, read from the gradient in the red and green
+    channels.
+    """
     image, found = Image.open(io.BytesIO(gradient(0, size=(256, 192)))), []
     for i in range(n):
         crop = np.asarray(seeded(seed + i, transform, image), dtype=float)
@@ -268,7 +272,9 @@ def test_crops_are_distributed_as_timms():
 
 
 def test_crop_and_flip_are_the_classic_ones():
-    """All 9 x 9 shifts of the zero-padded image and their mirror images, nothing else, each about as often."""
+    """All 9 x 9 shifts of the zero-padded image and their mirror images, nothing else, each about as
+    often.
+    """
     section = make_recipe(data__size=32, data__crop={"kind": "pad", "padding": 4}, data__hflip=0.5).data
     image = np.random.default_rng(0).integers(1, 256, (32, 32, 3), dtype=np.uint8)
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
@@ -368,7 +374,9 @@ def odd_files():
 
 @pytest.fixture
 def horizontally_first(monkeypatch):
-    """PIL as it was before Pillow 13, which resizes some crops vertically first and cuts other values at 0 and 255."""
+    """PIL as it was before Pillow 13, which resizes some crops vertically first and cuts other values at 0
+    and 255.
+    """
     resize = transforms.functional.resize
 
     def in_two(image, size, *a, **k):
@@ -579,7 +587,9 @@ def test_mixing_keeps_probabilities_and_is_seeded():
 
 @pytest.mark.parametrize("labels", [torch.arange(16) % 10, torch.randint(0, 10, (16,))])
 def test_mixing_and_then_smoothing_is_timms_smoothed_mixing(labels):
-    """A1: mixup 0.2, cutmix 1.0, smoothing 0.1. Ours smooths for each student; the loss of timm's mixed target is the same."""
+    """A1: mixup 0.2, cutmix 1.0, smoothing 0.1. Ours smooths for each student; the loss of timm's mixed
+    target is the same.
+    """
     mix = augment.mixer(make_recipe(data__mixup=0.2, data__cutmix=1.0, data__drop_last=True).data)
     timms = Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=10)
     images, logits = torch.rand(16, 3, 8, 8), torch.randn(16, 10)

@@ -250,7 +250,9 @@ def test_a_log_that_is_not_the_runs_is_refused(change, message, copied, capsys):
 
 
 def test_removed_checkpoints_are_noticed(copied, capsys):
-    """`rm -r checkpoints` and --resume would throw away the log: the run has saved, so it does not start over."""
+    """`rm -r checkpoints` and --resume would throw away the log: the run has saved, so it does not start
+    over.
+    """
     path, _, out = copied
     shutil.rmtree(out / "checkpoints")
     before = (out / "metrics.jsonl").read_bytes()

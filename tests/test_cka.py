@@ -1,4 +1,6 @@
-"""tools/cka.py: the measure against its formula and its identities, what counts as a layer, and the command."""
+"""tools/cka.py: the measure against its formula and its identities, what counts as a layer, and the
+command.
+"""
 
 import base64
 import gc
@@ -42,7 +44,9 @@ def chain(*modules):
 
 
 def by_loops(x, y):
-    """HSIC_1 of Song et al. 2012 as the U-statistic that it is: a mean over all quadruples of different images."""
+    """HSIC_1 of Song et al. 2012 as the U-statistic that it is: a mean over all quadruples of different
+    images.
+    """
     k, m, n = (x @ x.T).tolist(), (y @ y.T).tolist(), len(x)
     quadruples = list(itertools.permutations(range(n), 4))
     return sum(k[i][j] * (m[i][j] + m[q][r] - 2 * m[i][q]) for i, j, q, r in quadruples) / len(quadruples)
@@ -181,7 +185,9 @@ def test_hooks_go_and_modes_stay():
 
 
 def test_memory_grows_neither_with_images_nor_with_the_width_of_features():
-    """Live tensor elements when a batch is asked for, and at the last layer: Gram matrices, not sets of features."""
+    """Live tensor elements when a batch is asked for, and at the last layer: Gram matrices, not sets of
+    features.
+    """
     width, net = 50_000, chain(*(nn.Tanh() for _ in range(12)))
     seen = {"between": [], "last": []}
 
@@ -261,7 +267,9 @@ def test_a_network_of_another_size_resizes_for_itself(tmp_path):
 
 
 def test_which_images(tmp_path):
-    """Those of --recipe, else of the run that trained model A, else of --data in model A's way; never streamed."""
+    """Those of --recipe, else of the run that trained model A, else of --data in model A's way; never
+    streamed.
+    """
     export(tmp_path / "run")
     student = tmp_path / "run" / "students" / "kd"
     (tmp_path / "run" / "recipe.json").write_text((ROOT / "recipes" / "quickstart.json").read_text())

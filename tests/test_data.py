@@ -1,4 +1,6 @@
-"""data.py: which images when; what is skipped, what stops a run, what it says; worker processes. Real files."""
+"""data.py: which images when; what is skipped, what stops a run, what it says; worker processes. Real
+files.
+"""
 
 import collections
 import multiprocessing
@@ -143,7 +145,9 @@ def test_a_stream_resumes_at_any_step(workers):
 
 
 def test_processes_share_each_step_and_see_the_same_images():
-    """The images of a step, and what they look like, are the same for 1 process, 2 processes and 2 accumulated batches."""
+    """The images of a step, and what they look like, are the same for 1 process, 2 processes and 2
+    accumulated batches.
+    """
     one, halves, accumulating = loader(), [loader(rank=r, world=2) for r in range(2)], loader(per_process=32)
     for step in (0, 13, 14):  # the last step of the epoch, 13, is a short one: 898 = 14 * 64 + 2
         batches, ids = read(one, step, step + 1)
@@ -347,7 +351,9 @@ def test_an_epoch_is_the_fraction_whatever_seed_processes_and_workers():
 
 
 def test_fewer_images_than_processes_and_workers(tmp_path):
-    """3 images, 2 processes of 4 workers: equal steps, or an error with the numbers; evaluation sees each image once."""
+    """3 images, 2 processes of 4 workers: equal steps, or an error with the numbers; evaluation sees each
+    image once.
+    """
     write_folder(tmp_path, {0: WHOLE[0], 1: WHOLE[1], 20: WHOLE[20]})
     write_folder(tmp_path, {0: WHOLE[0], 1: WHOLE[1], 20: WHOLE[20]}, "validation")
     for rank in range(2):
@@ -366,7 +372,9 @@ def test_fewer_images_than_processes_and_workers(tmp_path):
 
 
 def test_empty_shards(tmp_path, monkeypatch):
-    """One does no harm; all of them are an error, where the numbers of images are known and where they are not."""
+    """One does no harm; all of them are an error, where the numbers of images are known and where they are
+    not.
+    """
     source = write_parquet(tmp_path / "p", WHOLE)
     write_parquet(tmp_path / "e", {}, shards=5)
     shutil.copy(tmp_path / "e" / "train-00002-of-00005.parquet", source)
@@ -417,7 +425,9 @@ def served(made, start=0, stop=None):
 
 @pytest.mark.parametrize("world, workers", [(1, 0), (1, 3), (2, 2), (3, 1), (4, 2), (7, 0)])
 def test_uneven_shards_are_shared_without_loss_or_duplicates(uneven, world, workers):
-    """Also with more readers than shards: each image at most once an epoch, the same number of steps for each process."""
+    """Also with more readers than shards: each image at most once an epoch, the same number of steps for
+    each process.
+    """
     size = 2 * world
     ranks = [uneven_stream(uneven, size, rank=r, world=world, workers=workers) for r in range(world)]
     steps = 62 // size
@@ -543,7 +553,9 @@ def test_repeats_are_decoded_once(photographs, monkeypatch):
 
 
 def test_broken_images_are_skipped_counted_and_named(small_sources):
-    """All else is as if nothing were broken: a broken image's place goes to another crop of the next good one."""
+    """All else is as if nothing were broken: a broken image's place goes to another crop of the next good
+    one.
+    """
     made = small(small_sources["mapped"])
     batches, clean = read(made, 0, 10)[0], read(small(small_sources["clean"]), 0, 10)[0]
     places = 0
@@ -981,10 +993,12 @@ def test_faults_are_told_before_the_first_batch(broken_source, tmp_path):
 
     told = error(broken_source, data__max_broken=0.05)
     assert told.startswith(
-        f"{broken_source}, train: 4 of {N} images are broken so far, the recipe's data.max_broken 0.05 allows 2:"
+        f"{broken_source}, train: 4 of {N} images are broken so far, the recipe's data.max_broken 0.05 "
+        f"allows 2:"
     )
     assert error(broken_source, data__size=17) == (
-        f"{broken_source}: image 0: 16x16 pixels; data.resident needs 17x17: set data.resident to false, and data.crop to "
+        f"{broken_source}: image 0: 16x16 pixels; data.resident needs 17x17: set data.resident to false, "
+        f"and data.crop to "
         "'resized' for other sizes"
     )
     labels = dict.fromkeys(range(N), 0) | {0: 2}

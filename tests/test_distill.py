@@ -1,4 +1,6 @@
-"""distill.py: the teacher, frozen and left as it was; students with their losses, alone and under accelerate."""
+"""distill.py: the teacher, frozen and left as it was; students with their losses, alone and under
+accelerate.
+"""
 
 import copy
 import dataclasses
@@ -233,7 +235,9 @@ def test_one_batch_can_be_learnt_by_heart(teacher_file):
 
 
 def test_ema_is_the_running_average(tmp_path, capsys):
-    """After one, two and three steps; BatchNorm's statistics too. It is evaluated and exported beside the student."""
+    """After one, two and three steps; BatchNorm's statistics too. It is evaluated and exported beside the
+    student.
+    """
     changes = dict(students=[dict(STUDENT, soft=None, ema=0.8)], save_every=1, epochs=1)
     path, out = write(tmp_path / "r.json", **changes), tmp_path / "run"
     settings = make_recipe(students=[dict(STUDENT, soft=None)])
@@ -432,7 +436,9 @@ def test_every_student_has_its_own_gradient_scaler(tmp_path, teacher_file, monke
 
 
 def counted(skips, steps, stop, scale=None):
-    """A student after windows of `steps` steps, of which these many were skipped; returns it and the warnings."""
+    """A student after windows of `steps` steps, of which these many were skipped; returns it and the
+    warnings.
+    """
     scaler = scale and types.SimpleNamespace(get_scale=lambda: scale)
     accelerator = types.SimpleNamespace(scaler=scaler, distributed_type=launch.DistributedType.NO)
     optimizer = types.SimpleNamespace(param_groups=[{"lr": 0.1}])
@@ -445,7 +451,10 @@ def test_skipped_steps_are_counted():
     student, warnings = counted([0, 5, 2, 0], 5, 5000)
     assert (student.skipped, student.skipped_in_a_row) == (7, 0)
     assert [bool(warning) for warning in warnings] == [False, True, True, False]
-    expected = "student 'a': gradient not finite in 2 of the last 5 steps, where it was replaced by zeros; 7 such steps by step 15"
+    expected = (
+        "student 'a': gradient not finite in 2 of the last 5 steps, where it was replaced by zeros; 7 such "
+        "steps by step 15"
+    )
     assert warnings[2] == expected
     counted([1, 1, 1] * 16, 5, 5000)  # 1 % of 5000 is 50
     for skips in ([5, 5], [1] * 51):  # ten in a row; more than 1 %

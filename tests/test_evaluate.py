@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -529,14 +530,20 @@ def test_classes_one_by_one_and_what_they_are_taken_for(zoo, tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [(row["class"], row["n"]) for row in rows] == [("cat", 6), ("dog", 6), ("emu", 6)]
     lines = [line.split(",") for line in table.read_text().splitlines()]
-    assert lines[0] == ["class", "cat", "dog", "emu"] and [line[0] for line in lines[1:]] == [
-        "cat",
-        "dog",
-        "emu",
+    assert lines[0] == ["checkpoint", "data", "class", "cat", "dog", "emu"]
+    assert [line[:3] for line in lines[1:]] == [
+        [str(student), str(pictures), c] for c in ("cat", "dog", "emu")
     ]
-    counts = np.array([[int(cell) for cell in line[1:]] for line in lines[1:]])
+    counts = np.array([[int(cell) for cell in line[3:]] for line in lines[1:]])
     assert (counts.sum(axis=1) == 6).all()
     assert [row["top1"] for row in rows] == pytest.approx(100 * np.diag(counts) / 6)
     evaluate.main([str(student), "--data", str(pictures), "--json", "--workers", "0"])
     (whole,) = json.loads(capsys.readouterr().out)
     assert whole["top1"] == pytest.approx(100 * np.trace(counts) / 18, abs=1e-3)
+
+    second = shutil.copytree(student, student.with_name("second"))
+    evaluate.main([str(student), str(second), "--data", str(pictures), *flags])
+    assert len(json.loads(capsys.readouterr().out)) == 6
+    assert [line.split(",")[0] for line in table.read_text().splitlines()[1:]] == [str(student)] * 3 + [
+        str(second)
+    ] * 3

@@ -1,7 +1,9 @@
-"""What can go wrong while a run is left alone: kills, signals, full disks, broken images, numbers that are not finite.
+"""What can go wrong while a run is left alone: kills, signals, full disks, broken images, infinite numbers.
 
-Damaged checkpoints and locks are in test_checkpoint.py, the data's faults in test_data_faults.py, those of
-several processes in test_distributed.py. A longer soak: SOAK_SIGNALS=200 python -m pytest tests/test_faults.py -k soak -m ''
+Damaged checkpoints and locks are in test_checkpoint.py, the data's faults in test_data.py, those of
+several processes in test_distributed.py. A longer soak:
+
+    SOAK_SIGNALS=200 python -m pytest tests/test_faults.py -k soak -m ''
 """
 
 import collections
@@ -193,7 +195,9 @@ def test_the_first_ctrl_c_saves_and_the_second_leaves_at_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_torchrun_hands_sigterm_on(processes, tmp_path, teacher_file):
-    """With `accelerate launch` and one process it would not arrive; with torchrun it does, and nothing is left over."""
+    """With `accelerate launch` and one process it would not arrive; with torchrun it does, and nothing is
+    left over.
+    """
     changes = small(teacher_file, epochs=400, save_every=1000, batch_size_per_process=32)
     path, out = write(tmp_path / "r.json", **changes), tmp_path / "out"
     command = [
@@ -285,7 +289,9 @@ def test_paths_with_spaces_and_other_letters(tmp_path):
 
 
 def test_a_run_counts_its_broken_images(tmp_path, capsys):
-    """Named once, in the log, the checkpoint and the result, over a resume, too; the run is the uninterrupted one."""
+    """Named once, in the log, the checkpoint and the result, over a resume, too; the run is the
+    uninterrupted one.
+    """
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             folder = tmp_path / "photos" / split / name
@@ -358,7 +364,10 @@ def test_a_step_without_a_finite_gradient_counts_as_one_of_zeros(tmp_path, teach
     assert_same_run(tmp_path / "plain", tmp_path / "5", students=["alone"])
     state = final_state(tmp_path / "5")[1]
     assert (state["kd"]["skipped"], state["alone"]["skipped"]) == (1, 0)
-    told = "student 'kd': gradient not finite in 1 of the last 3 steps, where it was replaced by zeros; 1 such steps by step 6"
+    told = (
+        "student 'kd': gradient not finite in 1 of the last 3 steps, where it was replaced by zeros; 1 such "
+        "steps by step 6"
+    )
     assert told in capsys.readouterr().out
     assert "NaN" not in (tmp_path / "5" / "metrics.jsonl").read_text()
 

@@ -1,5 +1,7 @@
 """folders.py: class folders as people have them, listed without a cache."""
 
+import shutil
+
 import pytest
 from conftest import make_recipe, photos
 
@@ -85,3 +87,22 @@ def test_hidden_files_and_other_files_are_no_images(tmp_path):
     (source / "train" / ".cache").mkdir()
     rows, files, classes = folders.open_splits(source)["train"]
     assert len(rows) == len(files) == 12 and classes == ["cat", "dog"]
+
+
+def test_a_source_with_a_test_split_alone_is_not_tested_on_what_it_trains_on(tmp_path):
+    source = photos(tmp_path / "p", ["cat", "dog"], 30)
+    shutil.rmtree(source / "train")
+    (source / "val").rename(source / "test")
+    found = sources.resolved(section(source))
+    assert (found.train_split, found.test_split) == ("test", sources.HELD_OUT)
+    shutil.copytree(source / "test", source / "val")
+    with pytest.raises(sources.DataError, match="no split 'train'"):
+        found = sources.resolved(section(source, data__classes=2))
+        sources.open_split(found, found.train_split)
+
+
+def test_two_folders_of_one_split_are_told(tmp_path):
+    source = photos(tmp_path / "p", ["cat", "dog"])
+    shutil.copytree(source / "val", source / "valid")
+    with pytest.raises(sources.DataError, match="val/ and valid/ are both the split validation: join them"):
+        sources.resolved(section(source))

@@ -30,8 +30,10 @@ IMPORTS = {
     "models": {"recipe", "safetensors", "timm", "torch"},
     "optim": {"timm", "torch"},
     "launch": {"recipe", "accelerate", "torch"},
+    "rundir": {"recipe", "pydantic", "typing_extensions"},
     "evaluate": {
         "recipe",
+        "rundir",
         "folders",
         "sources",
         "augment",
@@ -45,7 +47,6 @@ IMPORTS = {
         "torch",
     },
     "distill": {"launch", "losses", "models", "optim", "recipe", "timm", "torch"},
-    "rundir": {"recipe", "pydantic", "typing_extensions"},
     "checkpoint": {
         "launch",
         "models",

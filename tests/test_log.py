@@ -68,7 +68,9 @@ def test_metrics_and_tensorboard_say_the_same(tmp_path, teacher_file):
 
 
 def test_gradient_norms_are_those_of_the_terms(tmp_path, teacher_file):
-    """Against autograd by hand, through the row of a real run: weights and ramp included, nothing for other students."""
+    """Against autograd by hand, through the row of a real run: weights and ramp included, nothing for other
+    students.
+    """
     changes = distilled(teacher_file, epochs=1, log_every=4)
     cc = {"loss": "cc", "weight": 0.02, "warmup_epochs": 0, "args": {"dim": 8}}
     bare = dict(STUDENT, name="bare", hard=STUDENT["hard"] | {"weight": 0.0})

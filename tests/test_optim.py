@@ -1,4 +1,6 @@
-"""optim.py: learning rates against timm and RepDistiller, optimizers against formulas, gradients that are not finite."""
+"""optim.py: learning rates against timm and RepDistiller, optimizers against formulas, gradients that are
+not finite.
+"""
 
 import pytest
 import timm
@@ -38,7 +40,9 @@ def test_cosine_per_step_moves_every_step_and_ends_at_the_floor():
 
 
 def test_milestones_are_those_of_repdistiller():
-    """RepDistiller counts epochs from 1 and decays for epoch > 150: from 0, epoch 150 is the first at a tenth."""
+    """RepDistiller counts epochs from 1 and decays for epoch > 150: from 0, epoch 150 is the first at a
+    tenth.
+    """
     schedule = recipe.Milestones(kind="milestones", milestones=(150, 180, 210), factor=0.1)
     epochs = (0, 149, 150, 179, 180, 210, 239)
     rates = {epoch: optim.lr_at(782 * epoch, 782, 240, schedule, 0.05) for epoch in epochs}

@@ -1,4 +1,6 @@
-"""The recipes against the paper (results/paper.json): settings, claimed cells, and a command for every cell that is a run."""
+"""The recipes against the paper (results/paper.json): settings, claimed cells, and a command for every cell
+that is a run.
+"""
 
 import csv
 import dataclasses
@@ -35,7 +37,8 @@ RUNS = [
     and cell.get("recipe", "quoted_").split("_")[0] != "quoted"
 ]
 HINTS = {"cc", "rkd", "crd", "reviewkd"}
-HINT_ARGS = {  # of every repository; the weights are those of vanillaKD, and for CIFAR-100 of RepDistiller and ReviewKD
+# of every repository; the weights are those of vanillaKD, and for CIFAR-100 of RepDistiller and ReviewKD
+HINT_ARGS = {
     "cc": {"dim": 128},
     "rkd": {"distance": 25.0, "angle": 50.0},
     "crd": {"dim": 128, "negatives": 16384, "temperature": 0.07, "momentum": 0.5},
@@ -361,7 +364,10 @@ def table(capsys, *arguments):
 def test_a_table(capsys):
     text = show(capsys, "3")
     name, out = "t3.a1.res152.kd.1200.real", "runs/a1_res50_res152.kd.epochs-1200"
-    line = f"| {name} | resnet50 | resnet152.a1h_in1k | kd | 1200 | 0.005 | 0.01 | bce | imagenet-real | 86.86 | not run |  | "
+    line = (
+        f"| {name} | resnet50 | resnet152.a1h_in1k | kd | 1200 | 0.005 | 0.01 | bce | imagenet-real | 86.86 "
+        f"| not run |  | "
+    )
     line += "`accelerate launch train.py recipes/a1_res50_res152.json --students kd --set epochs=1200 "
     line += f"--out {out} --resume && python evaluate.py {out} --on real` |"
     assert line in text.splitlines()
@@ -456,7 +462,9 @@ def test_a_shortened_run_is_no_result_of_the_paper(tmp_path, capsys):
 
 
 def test_records_from_before_a_key_and_with_what_changes_nothing(tmp_path, capsys):
-    """Every key with a default may be missing; what cannot change accuracy may be anything; the rest may not."""
+    """Every key with a default may be missing; what cannot change accuracy may be anything; the rest may
+    not.
+    """
     stem, cell = "prev_cifar_res20_res56", "t1b.res56-res20.kd.previous"
     old = record(stem, 70.0, 0)
     for section, kind in (
@@ -477,7 +485,9 @@ def test_records_from_before_a_key_and_with_what_changes_nothing(tmp_path, capsy
 
 
 def test_records_with_removed_options(tmp_path, capsys):
-    """A run with the only value of a removed option that changed nothing counts; one with another does not."""
+    """A run with the only value of a removed option that changed nothing counts; one with another does
+    not.
+    """
     stem, cell = "prev_cifar_res20_res56", "t1b.res56-res20.kd.previous"
     harmless, other = record(stem, 70.0, 0), record(stem, 1.0, 1)
     harmless["recipe"]["data"]["rand_augment_on"], harmless["recipe"]["teacher"]["memo"] = "cpu", None

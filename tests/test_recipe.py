@@ -1,4 +1,6 @@
-"""recipe.py: every shipped recipe loads, errors by their exact text, and no edit of a recipe gives a traceback."""
+"""recipe.py: every shipped recipe loads, errors by their exact text, and no edit of a recipe gives a
+traceback.
+"""
 
 import contextlib
 import copy
@@ -71,8 +73,10 @@ ERRORS = [  # (change, what the error says after the file's name)
     (dict(students__0__lr="5e-3"), "students[0].lr: expected a number, got '5e-3'"),
     (dict(students__0__lr=True), "students[0].lr: expected a number, got True"),
     (dict(students__0__lr=-0.1), "students[0].lr: expected a number >= 0, got -0.1"),
-    (dict(students__0__weigth_decay=0), "students[0]: unknown key 'weigth_decay', did you mean 'weight_decay'?"),
-    (dict(students__0__name="../x"), "students[0].name: expected a name of a-z, 0-9, '.', '_', '-' (at most 64, first a letter "
+    (dict(students__0__weigth_decay=0),
+        "students[0]: unknown key 'weigth_decay', did you mean 'weight_decay'?"),
+    (dict(students__0__name="../x"),
+        "students[0].name: expected a name of a-z, 0-9, '.', '_', '-' (at most 64, first a letter "
      "or digit), got '../x'"),
     (dict(students__0__hard__smoothing=1.5), "students[0].hard.smoothing: expected a number <= 1, got 1.5"),
     (dict(students__0__hard="ce"), "students[0].hard: expected an object, got 'ce'"),
@@ -86,52 +90,75 @@ ERRORS = [  # (change, what the error says after the file's name)
     (dict(about=3), "about: expected a text, got 3"),
     (dict(data__streaming="off"), "data.streaming: expected true or false, got 'off'"),
     (dict(data__hflip=2), "data.hflip: expected a number <= 1, got 2"),
-    (dict(data__crop={"kind": "padd", "padding": 4}), "data.crop: expected \"kind\" to be one of 'pad', 'resized', "
+    (dict(data__crop={"kind": "padd", "padding": 4}),
+        "data.crop: expected \"kind\" to be one of 'pad', 'resized', "
      "got {'kind': 'padd', 'padding': 4}, did you mean 'pad'?"),
     (dict(data__crop=None), "data.crop: expected an object, got None"),
-    (dict(data__interpolation="bicubc"), "data.interpolation: expected 'bilinear' or 'bicubic', got 'bicubc', did you mean 'bicubic'?"),
+    (dict(data__interpolation="bicubc"),
+        "data.interpolation: expected 'bilinear' or 'bicubic', got 'bicubc', did you mean 'bicubic'?"),
     (dict(schedule__per=1), "schedule.per: expected 'epoch' or 'step', got 1"),
     (dict(batch_size=100), "batch_size 100 is not a multiple of batch_size_per_process 64"),
     (dict(schedule__warmup_epochs=3), "schedule.warmup_epochs: 3 is more than epochs, 2"),
-    (dict(schedule={"kind": "milestones", "milestones": [3, 2], "factor": 0.1}), "schedule.milestones: expected ascending epochs, "
+    (dict(schedule={"kind": "milestones", "milestones": [3, 2], "factor": 0.1}),
+        "schedule.milestones: expected ascending epochs, "
      "got [3, 2]"),
-    (dict(data__mixup=0.1), "data: mixup and cutmix pair images: batch_size_per_process must be even and drop_last true"),
+    (dict(data__mixup=0.1),
+        "data: mixup and cutmix pair images: batch_size_per_process must be even and drop_last true"),
     (dict(data__streaming=True), "data: a stream has no length: give train_size, and set drop_last to true"),
     (dict(data__shuffle_buffer=5), "data.shuffle_buffer: expected 0 without streaming, got 5"),
     (dict(data__crop={"kind": "resized", "scale": [1, 0.1], "ratio": [1, 1], "interpolation": "random"}),
      "data.crop.scale: expected 0 < low <= high, got [1.0, 0.1]"),
     (dict(students=[STUDENT]), "students ['kd'] have a distillation loss ('soft') but teacher is null"),
-    (dict(teacher={"recipe": "x.json"}), "teacher: no student has a distillation loss ('soft'): set teacher to null"),
-    (dict(students=[STUDENT], teacher={"model": "a", "pretrained": True, "checkpoint": "b"}), "teacher: expected one of recipe, checkpoint, pretrained; got checkpoint and pretrained"),
-    (dict(students=[dict(STUDENT, ema=0.9), dict(STUDENT, name="kd-ema")]), "students: names must differ, also from NAME-ema of a student with ema; got ['kd', 'kd-ema', 'kd-ema']"),
-    (dict(students=[STUDENT], teacher={"checkpoint": "x"}), "teacher: expected recipe, or a model with checkpoint or pretrained"),
+    (dict(teacher={"recipe": "x.json"}),
+        "teacher: no student has a distillation loss ('soft'): set teacher to null"),
+    (dict(students=[STUDENT], teacher={"model": "a", "pretrained": True, "checkpoint": "b"}),
+        "teacher: expected one of recipe, checkpoint, pretrained; got checkpoint and pretrained"),
+    (dict(students=[dict(STUDENT, ema=0.9), dict(STUDENT, name="kd-ema")]),
+        "students: names must differ, also from NAME-ema of a student with ema; got ['kd', 'kd-ema', "
+        "'kd-ema']"),
+    (dict(students=[STUDENT], teacher={"checkpoint": "x"}),
+        "teacher: expected recipe, or a model with checkpoint or pretrained"),
     (dict(students__0__mean=[0.5, 0.5, 0.5]), "students[0]: give both mean and std, or neither"),
-    (dict(students__0__mean=[0.5], students__0__std=[0]), "students[0].std: expected positive numbers, got [0.0]"),
+    (dict(students__0__mean=[0.5], students__0__std=[0]),
+        "students[0].std: expected positive numbers, got [0.0]"),
     (dict(students__0__mean=[]), "students[0].mean: expected a list of at least 1, got []"),
     (dict(students__0__mean=[0.5, "x"]), "students[0].mean[1]: expected a number, got 'x'"),
     (dict(data__crop={"padding": 4}), "data.crop: expected an object with \"kind\", got {'padding': 4}"),
-    (dict(data__crop={"kind": ["pad"], "padding": 4}), "data.crop: expected \"kind\" to be one of 'pad', 'resized', "
+    (dict(data__crop={"kind": ["pad"], "padding": 4}),
+        "data.crop: expected \"kind\" to be one of 'pad', 'resized', "
      "got {'kind': ['pad'], 'padding': 4}, did you mean 'pad'?"),
     (dict(data__crop={"kind": "pad", "padding": -1}), "data.crop.padding: expected a number >= 0, got -1"),
-    (dict(data__crop={"kind": "pad", "pading": 1}), "data.crop: unknown key 'pading', did you mean 'padding'?"),
+    (dict(data__crop={"kind": "pad", "pading": 1}),
+        "data.crop: unknown key 'pading', did you mean 'padding'?"),
     (dict(data__crop={"kind": "resized", "scale": [1], "ratio": [1, 1], "interpolation": "random"}),
      "data.crop.scale: expected a list of at least 2, got [1]"),
     (dict(data__crop={"kind": "resized", "scale": [1, 1], "ratio": [1, 1, 1], "interpolation": "random"}),
      "data.crop.ratio: expected a list of at most 2, got [1, 1, 1]"),
     (dict(data__crop={"kind": "resized", "scale": [1, 1], "ratio": [1, -1], "interpolation": "random"}),
      "data.crop.ratio[1]: expected a number >= 0, got -1"),
-    (dict(schedule={"kind": "milestones", "milestones": [3, 0], "factor": 0.1}), "schedule.milestones[1]: expected a number >= 1, got 0"),
+    (dict(schedule={"kind": "milestones", "milestones": [3, 0], "factor": 0.1}),
+        "schedule.milestones[1]: expected a number >= 1, got 0"),
     (dict(data__pipeline="fast"), "data.pipeline: 'fast' is for crop 'resized': set pipeline to 'timm'"),
-    (dict(data__resident=True, data__rand_augment="rand-m7"), "data.resident: rand_augment works on one image at a time: set rand_augment to null, "
+    (dict(data__resident=True, data__rand_augment="rand-m7"),
+        "data.resident: rand_augment works on one image at a time: set rand_augment to null, "
      "or resident to false"),
-    (dict(data__resident=True, data__streaming=True), "data.resident: a stream is never whole: set streaming to false and shuffle_buffer to 0, or resident to false"),
-    (dict(data__resident=True, data__crop={"kind": "resized", "scale": [1, 1], "ratio": [1, 1], "interpolation": "random"}),
+    (dict(data__resident=True, data__streaming=True),
+        "data.resident: a stream is never whole: set streaming to false and shuffle_buffer to 0, or "
+        "resident to false"),
+    (dict(data__resident=True, data__crop={"kind": "resized", "scale": [1, 1], "ratio": [1, 1],
+        "interpolation": "random"}),
      "data.resident: crops are cut from padded images: use crop {'kind': 'pad', ...}, or resident to false"),
-    (dict(data__pipeline="fast", data__rand_augment="augmix-m3"), "data.pipeline: 'fast' knows RandAugment only, got rand_augment 'augmix-m3'"),
-    (dict(data__streaming=True, data__fraction=0.5), "data.fraction: a stream's classes are not known beforehand: set streaming to false and shuffle_buffer to 0"),
-    (dict(data__train_size=100, data__fraction=0.5, data__drop_last=True), "data: 50 images do not fill one batch of 64, and drop_last is true"),
-    (dict(teacher={"recipe": "x.json", "size": 3}, students=[STUDENT]), "teacher: with recipe, model_args, size, mean and std come from that recipe"),
-    (dict(students=[dict(STUDENT, soft=None)] * 2), "students: names must differ, also from NAME-ema of a student with ema; got ['kd', 'kd']"),
+    (dict(data__pipeline="fast", data__rand_augment="augmix-m3"),
+        "data.pipeline: 'fast' knows RandAugment only, got rand_augment 'augmix-m3'"),
+    (dict(data__streaming=True, data__fraction=0.5),
+        "data.fraction: a stream's classes are not known beforehand: set streaming to false and "
+        "shuffle_buffer to 0"),
+    (dict(data__train_size=100, data__fraction=0.5, data__drop_last=True),
+        "data: 50 images do not fill one batch of 64, and drop_last is true"),
+    (dict(teacher={"recipe": "x.json", "size": 3}, students=[STUDENT]),
+        "teacher: with recipe, model_args, size, mean and std come from that recipe"),
+    (dict(students=[dict(STUDENT, soft=None)] * 2),
+        "students: names must differ, also from NAME-ema of a student with ema; got ['kd', 'kd']"),
 ]  # fmt: skip
 
 
@@ -266,7 +293,8 @@ def test_overrides_go_through_the_same_checks(tmp_path):
 
 HOSTILE = [  # (text of the file, what the error says): none gives a traceback or prints a control character
     (json.dumps(tree(seed=10**400)), "seed: expected a number <= 9.22337e+18, got 1000"),
-    (json.dumps(tree(data__train_size=10**400)), "data.train_size: expected a number <= 9.22337e+18, got 1000"),
+    (json.dumps(tree(data__train_size=10**400)),
+        "data.train_size: expected a number <= 9.22337e+18, got 1000"),
     (json.dumps(tree(data__mixup=10**400)), "data.mixup: expected a number, got 1000"),
     (json.dumps(tree(data__mixup=2**53)), "data.mixup: expected a number, got 9007199254740992"),
     (json.dumps(tree(about="\ud800")), r"""expected text that UTF-8 can encode, got '{"about": "\ud800'"""),
@@ -275,11 +303,14 @@ HOSTILE = [  # (text of the file, what the error says): none gives a traceback o
     (json.dumps(tree(students__0__name="a\n")), r"got 'a\n'"),
     (json.dumps(tree() | {"\x1b[31m": 1}), r"unknown key '\x1b[31m'"),
     (json.dumps(tree() | {"x" * 10000: 1}), "unknown key 'xxx"),
-    (json.dumps(tree(students__0__model_args={"\x1b": 7})).replace("7", '{"a": 1, "a": 2}'), r"model_args.'\x1b': duplicate key 'a'"),
+    (json.dumps(tree(students__0__model_args={"\x1b": 7})).replace("7", '{"a": 1, "a": 2}'),
+        r"model_args.'\x1b': duplicate key 'a'"),
     (json.dumps(tree() | {"data": [[]] * 9000}), "data: expected an object, got [[], [], "),
-    (json.dumps(tree(schedule={"kind": {"kind": {}}})), "schedule: expected \"kind\" to be one of 'milestones', 'cosine'"),
+    (json.dumps(tree(schedule={"kind": {"kind": {}}})),
+        "schedule: expected \"kind\" to be one of 'milestones', 'cosine'"),
     (json.dumps(tree(schedule={"kind": "{x}"})), "schedule: expected \"kind\" to be one of"),
-    (json.dumps(tree(students__0__optimizer_args={"a": 1})).replace('"a": 1', '"a": 1e999'), "1e999 is not a finite number"),
+    (json.dumps(tree(students__0__optimizer_args={"a": 1})).replace('"a": 1', '"a": 1e999'),
+        "1e999 is not a finite number"),
     (json.dumps(tree(teacher={"model": {}, "pipeline": "{}"})), "teacher: unknown key 'pipeline'"),
 ]  # fmt: skip
 

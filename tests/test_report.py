@@ -1,4 +1,6 @@
-"""tools/report.py: one page of runs and heat maps that needs no network and trusts no file, and its pictures."""
+"""tools/report.py: one page of runs and heat maps that needs no network and trusts no file, and its
+pictures.
+"""
 
 import base64
 import html.parser
@@ -158,7 +160,8 @@ def test_every_file_of_results_is_read(report):
     [
         (
             [],
-            "expected a run's result (students, recipe), several under 'runs', or a heat map of tools/cka.py, found list",
+            "expected a run's result (students, recipe), several under 'runs', or a heat map of "
+            "tools/cka.py, found list",
         ),
         ({"cells": []}, "found none"),
         ({"epochs": 3}, "found the keys epochs"),
@@ -284,7 +287,9 @@ def study_run(augmentation, fraction, seed, top1, *overrides):
 
 
 def drawn_scale(report, tmp_path, *options):
-    """{(augmentation, epochs, share, method): point}, the paper's bars and the picture of the runs in a folder."""
+    """{(augmentation, epochs, share, method): point}, the paper's bars and the picture of the runs in a
+    folder.
+    """
     files = map(str, sorted(tmp_path.glob("runs*.json")))
     report.main(["scale", *files, "--out", str(tmp_path / "f.svg"), *options])
     tree = json.loads((tmp_path / "f.json").read_text())

@@ -204,7 +204,9 @@ def test_what_may_change_on_resume(changes, allowed):
 
 
 def test_a_run_from_before_a_key_existed_goes_on(tmp_path):
-    """What a key's default says is what the run did: no difference. Keys that were removed since are dropped."""
+    """What a key's default says is what the run did: no difference. Keys that were removed since are
+    dropped.
+    """
     path, out = write(tmp_path / "r.json", epochs=1), tmp_path / "out"
     run_until(3, path, out)
     begun = json.loads((out / "recipe.json").read_text())
@@ -215,7 +217,9 @@ def test_a_run_from_before_a_key_existed_goes_on(tmp_path):
 
 
 def test_a_trial_is_never_continued_as_a_run(tmp_path, capsys):
-    """Nor as a trial of other length, nor a run as a trial; where it is found, in the result or a checkpoint."""
+    """Nor as a trial of other length, nor a run as a trial; where it is found, in the result or a
+    checkpoint.
+    """
     path, trial, begun = write(tmp_path / "r.json", epochs=1), tmp_path / "trial", tmp_path / "run"
     first = run(path, trial, "--limit", 2)
     run_until(2, path, begun)

@@ -44,7 +44,9 @@ BROKEN = {3: WHOLE[3][:-100], 11: b"", 17: b"<html><body>404 Not Found</body></h
 
 
 def write_folder(root, files, split="train", name="{:03d}.jpg"):
-    """Class folders: the first half are ants, the second half bees, so that an image's index is its number."""
+    """Class folders: the first half are ants, the second half bees, so that an image's index is its
+    number.
+    """
     for i, content in files.items():
         path = root / split / ("ant" if i < N // 2 else "bee") / name.format(i)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,7 +314,9 @@ def rows_of(source, settings=COLUMNS, split="train"):
 
 
 def test_images_of_folders_are_read(tmp_path, monkeypatch):
-    """By absolute and relative path, memory-mapped and streamed; also from a zip archive, with a table of labels."""
+    """By absolute and relative path, memory-mapped and streamed; also from a zip archive, with a table of
+    labels.
+    """
     write_folder(tmp_path / "photos", WHOLE)
     monkeypatch.chdir(tmp_path)
     for source in (tmp_path / "photos", tmp_path / "photos" / ".." / "photos"):
@@ -352,7 +356,8 @@ def test_downloaded_images_of_the_hub_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "path",
-    ["{0}/secret.jpg", "file://{0}/secret.jpg", "simplecache::file://{0}/secret.jpg", "http://127.0.0.1:9/x.jpg",
+    ["{0}/secret.jpg", "file://{0}/secret.jpg", "simplecache::file://{0}/secret.jpg",
+        "http://127.0.0.1:9/x.jpg",
      "zip://secret.jpg::{0}/secret.zip", "/dev/zero", "{0}/p/train-00000-of-00005.parquet", "secret.jpg"],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [{}, STREAM], ids=["mapped", "stream"])

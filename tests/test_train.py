@@ -1,4 +1,6 @@
-"""train.py: exact resume after stops and kills, students in company, teachers, recipes, errors before any work."""
+"""train.py: exact resume after stops and kills, students in company, teachers, recipes, errors before any
+work.
+"""
 
 import copy
 import functools
@@ -209,7 +211,9 @@ def test_a_teacher_given_as_a_recipe_is_trained_first_and_once(tmp_path, capsys)
 
 
 def test_a_teacher_of_other_data_is_refused(tmp_path, capsys):
-    """Data of another name, although finished or only begun; another spelling of the same folder is the same."""
+    """Data of another name, although finished or only begun; another spelling of the same folder is the
+    same.
+    """
     few = dict(
         data__classes=2, data__test_split="validation", batch_size=4, batch_size_per_process=4, epochs=1
     )
@@ -243,7 +247,10 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path, capsys):
     write(tmp_path / "t.json", students=[BIG], **few, data__source=zoo)
     student = dict(teacher={"recipe": "t.json"}, students=[STUDENT])
     path = write(tmp_path / "r.json", **student, **few, data__source=farm)
-    told = "the teacher and the data have different classes: the network has 2 classes, the data 2; only in the data: 'dog'"
+    told = (
+        "the teacher and the data have different classes: the network has 2 classes, the data 2; only in "
+        "the data: 'dog'"
+    )
     code, message = stopped(capsys, path, tmp_path / "out")
     assert code == 2 and told in message and not (tmp_path / "t").exists()
     run(tmp_path / "t.json", tmp_path / "t")
@@ -290,7 +297,9 @@ def test_a_teacher_recipe_must_fit(tmp_path, capsys):
 
 
 def test_own_images_in_one_command(tmp_path, capsys, monkeypatch):
-    """Class folders without splits: classes counted, a tenth held out, teacher, two students, cards; then by timm."""
+    """Class folders without splits: classes counted, a tenth held out, teacher, two students, cards; then by
+    timm.
+    """
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "all", ["cat", "dog", "emu"], 20)
     (tmp_path / "all" / "train").rename("photos")
@@ -324,6 +333,11 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path, capsys):
     )
     assert f"would write {tmp_path / 'out'}: seed1 to seed2, each with recipe.json" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "t.json"]
+    (tmp_path / "out" / "seed2").mkdir(parents=True)
+    (tmp_path / "out" / "seed2" / "mine.txt").touch()
+    with pytest.raises(SystemExit):
+        train.main([str(path), "--out", str(tmp_path / "out"), "--workers", "0", "--dry-run"])
+    assert "seed2: not empty, and not the folder of a run" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- errors
@@ -523,9 +537,19 @@ def mutated(tree, chance):
 
 
 def test_mutated_recipes_never_end_in_a_traceback(tmp_path, teacher_file):
-    """The whole dry run: loading, data, networks, losses, optimizers. Either all is built or one line says why not."""
+    """The whole dry run: loading, data, networks, losses, optimizers. Either all is built or one line says
+    why not.
+    """
     chance, lead, built = random.Random(0), launch.make_accelerator(), 0
-    options = train.Options(data=None, students=None, limit=None, resume=False, overwrite=False, workers=0)
+    options = train.Options(
+        data=None,
+        students=None,
+        limit=None,
+        resume=False,
+        overwrite=False,
+        workers=0,
+        dry_run=True,
+    )
     students = [
         STUDENT,
         hint("crd"),
