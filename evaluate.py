@@ -171,6 +171,7 @@ class TestData:
     """What data.test_loader reads of a recipe's `data`; equal for networks that can share a pass."""
 
     source: str
+    train_split: str | None  # of which the test images are held out, where the source has no test split
     test_split: str
     image: str
     label: str
@@ -446,7 +447,8 @@ def preprocessing(name, config, trained_on, changes):
 
 def _test_data(source, prepared, classes=None):
     fields = sources.evaluation_fields(source)
-    return TestData(**fields | prepared | {"source": source, "classes": classes or fields["classes"]})
+    rest = {"source": source, "train_split": None, "classes": classes or fields["classes"]}
+    return TestData(**fields | prepared | rest)
 
 
 def match_classes(name, network, section, is_imagenet):

@@ -41,6 +41,7 @@ from test_distill import ARGS, VIT, WEIGHTS, hint
 
 import data
 import distill
+import evaluate
 import launch
 import models
 import recipe
@@ -319,6 +320,10 @@ def test_own_images_in_one_command(tmp_path, capsys, monkeypatch):
         "Distilled with 1 kd {'temperature': 1.0} + 1 cross_entropy from" in card and "import models" in card
     )
     assert "Trained on labels alone" in (kd.parent / "alone" / "README.md").read_text()
+    evaluate.main([str(tmp_path / "runs" / "small"), "--json", "--workers", "0"])
+    scores = json.loads(capsys.readouterr().out)  # of the images that were held out
+    assert [(row["split"], row["n"]) for row in scores] == [("held out", 6)] * 2
+    assert [row["top1"] for row in scores] == [student["last"]["top1"] for student in result["students"]]
     net = timm.create_model(f"local-dir:{kd}", pretrained=True)
     assert list(net.pretrained_cfg["label_names"]) == ["cat", "dog", "emu"]
 
