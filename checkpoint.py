@@ -17,8 +17,8 @@ from accelerate.utils import gather_object
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035  pydantic needs it before Python 3.12
 
+import class_names
 import launch
-import models
 import recipe
 import rundir
 
@@ -209,7 +209,7 @@ def check_data(folder, state, loader):
     if images not in (None, loader.size):
         raise recipe.RecipeError(f"{folder}: began with {images:,} images, now there are {loader.size:,}")
     if classes and names:
-        models.check_same_classes(classes, names, f"the run in {folder}")
+        class_names.check_same(classes, names, f"the run in {folder}")
 
 
 def _damaged(problems):

@@ -32,6 +32,7 @@ from accelerate.utils import gather_object
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
 import augment
+import class_names
 import data
 import folders
 import models
@@ -268,7 +269,7 @@ def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers, per_cla
 
 def confusions(network, labels, answers):
     """A frame with the number of images of each class (rows) that were taken for each class (columns)."""
-    names = models.label_names(network) or [str(i) for i in range(network.model.num_classes)]
+    names = class_names.of_network(network) or [str(i) for i in range(network.model.num_classes)]
     counts = np.zeros((len(names), len(names)), int)
     np.add.at(counts, (np.array(labels), np.array(answers)), 1)
     return pd.DataFrame(counts, index=names, columns=names)
@@ -320,7 +321,7 @@ def classify(paths, files, changes, device):
         for folder in exported_students(Path(path)):
             network, config = models.load_exported(folder)
             network.to(device).eval()
-            names = models.label_names(network) or [str(i) for i in range(network.model.num_classes)]
+            names = class_names.of_network(network) or [str(i) for i in range(network.model.num_classes)]
             prepared = preprocessing(str(folder), config, None, changes)
             transform = augment.test_transform(SimpleNamespace(**prepared))
             for file in files:
@@ -404,12 +405,12 @@ def test_sets(name, config, trained_on, *, source, on, v2, changes):
     if "imagenet" in on or "real" in on:
         results = tuple(result for result in ("imagenet", "real") if result in on)
         imagenet = source or (trained_on and trained_on.source) or IMAGENET
-        sets.append((results, _test_data(imagenet, prepared, 1000)))
+        sets.append((results, test_data(imagenet, prepared, 1000)))
     if "v2" in on:
         if not v2:
             hint = f"name its folder (or its name on the hub) with --v2; it is at {V2}"
             raise sources.DataError(f"ImageNet-V2: {hint}")
-        sets.append((("v2",), _test_data(v2, prepared, 1000)))
+        sets.append((("v2",), test_data(v2, prepared, 1000)))
     if on:
         return sets
 
@@ -417,7 +418,7 @@ def test_sets(name, config, trained_on, *, source, on, v2, changes):
         fields = {field.name: getattr(trained_on, field.name) for field in dataclasses.fields(TestData)}
         section = TestData(**fields | prepared | {"source": source or trained_on.source})
     elif source:
-        section = _test_data(source, prepared)
+        section = test_data(source, prepared)
     else:
         missing = "no recipe.json beside it says which data to use: name it with --data"
         raise models.ModelError(f"{name}: {missing}")
@@ -445,7 +446,8 @@ def preprocessing(name, config, trained_on, changes):
     return values
 
 
-def _test_data(source, prepared, classes=None):
+def test_data(source, prepared, classes=None):
+    """The TestData of a source alone, in the layout of its kind; prepared: as `preprocessing` returns."""
     fields = sources.evaluation_fields(source)
     rest = {"source": source, "train_split": None, "classes": classes or fields["classes"]}
     return TestData(**fields | prepared | rest)
@@ -457,7 +459,7 @@ def match_classes(name, network, section, is_imagenet):
     The section gets the number of classes of its source, which may be a part of the network's. Raises
     ModelError for a network that does not know the classes of the data.
     """
-    known, wanted = models.label_names(network), None
+    known, wanted = class_names.of_network(network), None
     if known and is_imagenet:
         wanted = ImageNetInfo().label_names()
     elif known:
@@ -467,7 +469,7 @@ def match_classes(name, network, section, is_imagenet):
     if not wanted and total != section.classes:
         raise models.ModelError(f"{name} has {total} classes, {section.source} has {section.classes}")
     try:
-        return section, models.match_classes(known, wanted) if wanted else list(range(total))
+        return section, class_names.match(known, wanted) if wanted else list(range(total))
     except models.ModelError as error:
         raise models.ModelError(f"{name} on {section.source}: {error}") from error
 

@@ -16,6 +16,7 @@ import numpy as np
 import timm
 import torch
 
+import cifar_resnet
 import launch
 import models
 import rundir
@@ -93,8 +94,8 @@ def write_cards(log, result):
         facts["named"] = f" ({', '.join(names[:10])}{', ...' * (len(names) > 10)})" if names else ""
         facts["trial"] = f"; a trial of {result['steps']} steps" if result["limit"] else ""
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        facts["needs"] = "\nimport models  # of this project: timm does not have the network"
-        facts["needs"] *= student.settings.model in models.VARIANTS
+        facts["needs"] = "\nimport cifar_resnet  # of this project: timm does not have the network"
+        facts["needs"] *= student.settings.model in cifar_resnet.VARIANTS
         facts["lesson"] = _lesson(student.settings, result["teacher"])
         cards = {student.name: scores["last"]}
         if student.ema:

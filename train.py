@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import augment
 import checkpoint
+import class_names
 import data
 import distill
 import launch
@@ -198,9 +199,9 @@ def prepare(path, overrides, out, options, lead):
         torch.manual_seed(settings.seed)  # an untrained teacher is the same on every process
         network = distill.build_teacher(settings.teacher, settings.data)
     if network and loader.split.names:
-        names = teacher.loader.split.names if teacher else models.label_names(network)
+        names = teacher.loader.split.names if teacher else class_names.of_network(network)
         if names:
-            models.check_same_classes(names, loader.split.names, "the teacher")
+            class_names.check_same(names, loader.split.names, "the teacher")
     students = build_students(settings, network, loader)
     return Prepared(settings, out, loader, test_loader, students, network, teacher, exported)
 

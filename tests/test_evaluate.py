@@ -17,6 +17,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
 import augment
+import class_names
 import data
 import evaluate
 import models
@@ -388,7 +389,7 @@ def test_the_hubs_names_of_imagenets_classes_are_known():
     source = str(SHARED / "imagenet_sample")
     section = types.SimpleNamespace(source=source, **sources.evaluation_fields(source))
     names = sources.open_split(section, section.test_split).names
-    assert names != WNIDS and models.match_classes(names, WNIDS) == list(range(1000))
+    assert names != WNIDS and class_names.match(names, WNIDS) == list(range(1000))
 
 
 # ---------------------------------------------------------------- preprocessing

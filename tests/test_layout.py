@@ -27,7 +27,9 @@ IMPORTS = {
     "augment": {"sources", "PIL", "cv2", "numpy", "simplejpeg", "timm", "torch", "torchvision"},
     "resident": {"sources", "augment", "numpy", "torch"},
     "data": {"sources", "augment", "resident", "datasets", "numpy", "torch"},
-    "models": {"recipe", "safetensors", "timm", "torch"},
+    "cifar_resnet": {"timm", "torch"},
+    "models": {"cifar_resnet", "timm", "torch"},
+    "class_names": {"models", "timm"},
     "optim": {"timm", "torch"},
     "launch": {"recipe", "accelerate", "torch"},
     "rundir": {"recipe", "pydantic", "typing_extensions"},
@@ -38,6 +40,7 @@ IMPORTS = {
         "sources",
         "augment",
         "data",
+        "class_names",
         "models",
         "pandas",
         "accelerate",
@@ -48,6 +51,7 @@ IMPORTS = {
     },
     "distill": {"launch", "losses", "models", "optim", "recipe", "timm", "torch"},
     "checkpoint": {
+        "class_names",
         "launch",
         "models",
         "recipe",
@@ -59,12 +63,34 @@ IMPORTS = {
     }
     | {"timm", "torch", "typing_extensions"},
     "log": {"distill", "evaluate", "launch", "rundir", "sources", "numpy", "timm", "torch"},
-    "finish": {"evaluate", "launch", "log", "models", "rundir", "accelerate", "datasets", "numpy", "timm"}
+    "finish": {
+        "cifar_resnet",
+        "evaluate",
+        "launch",
+        "log",
+        "models",
+        "rundir",
+        "accelerate",
+        "datasets",
+        "numpy",
+        "timm",
+    }
     | {"torch"},
-    "train": {"augment", "checkpoint", "data", "distill", "evaluate", "finish", "launch", "log", "models"}
+    "train": {
+        "augment",
+        "checkpoint",
+        "class_names",
+        "data",
+        "distill",
+        "evaluate",
+        "finish",
+        "launch",
+        "log",
+        "models",
+    }
     | {"optim", "recipe", "rundir", "sources", "accelerate", "torch", "tqdm"},
 }
-ALONE = {"losses", "models"}  # copied into other projects: they import none of ours
+ALONE = {"losses", "cifar_resnet"}  # copied into other projects: they import none of ours
 PYTHON = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + [
     *ROOT.glob("docs/*.md")

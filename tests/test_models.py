@@ -17,6 +17,7 @@ from conftest import ROOT
 from PIL import Image
 from timm.data import ImageNetInfo
 
+import class_names
 import models
 
 PARAMETERS = {
@@ -578,7 +579,7 @@ def test_links_out_of_an_exported_folder_are_refused(name, exported, tmp_path):
 def test_an_exported_student_knows_its_classes(exported):
     _, edit = exported
     loaded, _ = models.load_exported(edit(lambda config: None))
-    assert models.label_names(loaded) == ["cat", "dog", "frog"]
+    assert class_names.of_network(loaded) == ["cat", "dog", "frog"]
     for names, expected in (
         ({"0": "cat", "1": "dog", "2": "frog"}, ["cat", "dog", "frog"]),  # timm's other form
         ({"0": "cat", "7": "dog", "2": "frog"}, None),
@@ -587,23 +588,23 @@ def test_an_exported_student_knows_its_classes(exported):
         (None, None),
     ):
         folder = edit(lambda config, names=names: config.update(label_names=names))
-        assert models.label_names(models.load_exported(folder)[0]) == expected
-    assert models.label_names(models.build("cifar_resnet8", classes=3, size=8)) is None
+        assert class_names.of_network(models.load_exported(folder)[0]) == expected
+    assert class_names.of_network(models.build("cifar_resnet8", classes=3, size=8)) is None
 
 
 def test_classes_are_matched_by_name():
     known = ["cat", "dog", "frog"]
-    assert models.match_classes(known, ["cat", "dog", "frog"]) == [0, 1, 2]
-    assert models.match_classes(known, ("frog", "cat")) == [2, 0]
+    assert class_names.match(known, ["cat", "dog", "frog"]) == [0, 1, 2]
+    assert class_names.match(known, ("frog", "cat")) == [2, 0]
     with pytest.raises(models.ModelError) as caught:
-        models.match_classes(known, ["dog", "frog", "zebra"])
+        class_names.match(known, ["dog", "frog", "zebra"])
     assert str(caught.value).endswith("3; only in the data: 'zebra'; only in the network: 'cat'")
     with pytest.raises(
         models.ModelError, match=r"only in the data: '10', '11', .* and 80 more; only in the network: none"
     ):
-        models.match_classes([str(i) for i in range(10)], [str(i) for i in range(100)])
+        class_names.match([str(i) for i in range(10)], [str(i) for i in range(100)])
     with pytest.raises(models.ModelError, match="the network has a name twice"):
-        models.match_classes(["crane", "crane"], ["crane"])
+        class_names.match(["crane", "crane"], ["crane"])
 
 
 def test_imagenets_classes_match_however_they_are_written():
@@ -615,19 +616,19 @@ def test_imagenets_classes_match_however_they_are_written():
     numbers = [str(i) for i in range(1000)]
     for known in (wnids, described, numbers):
         for wanted in (wnids, described, numbers):
-            assert models.match_classes(known, wanted) == list(range(1000))
-    assert models.match_classes(described, [wnids[7], wnids[3]]) == [7, 3]
+            assert class_names.match(known, wanted) == list(range(1000))
+    assert class_names.match(described, [wnids[7], wnids[3]]) == [7, 3]
     with pytest.raises(
         models.ModelError, match="the network has 1000 classes, the data 1000; only in the data: 'n01440764'"
     ):
-        models.match_classes([f"thing {i}" for i in range(1000)], wnids)
+        class_names.match([f"thing {i}" for i in range(1000)], wnids)
 
 
 # ---------------------------------------------------------------- alone
 
 
 ALONE = """
-import json, sys, models, timm, torch
+import json, sys, cifar_resnet, timm, torch
 network = timm.create_model("cifar_resnet20", num_classes=7)
 student = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
 images = torch.load(sys.argv[2])
@@ -639,7 +640,7 @@ def test_the_file_works_alone(exported, tmp_path):
     """Copied into an empty folder it registers its networks, and timm loads an exported student."""
     network, edit = exported
     (tmp_path / "alone").mkdir()
-    shutil.copy(ROOT / "models.py", tmp_path / "alone")
+    shutil.copy(ROOT / "cifar_resnet.py", tmp_path / "alone")
     images = torch.rand(2, 3, 8, 8)
     torch.save((images - network.mean) / network.std, tmp_path / "images.pt")
     (tmp_path / "alone" / "use.py").write_text(ALONE)

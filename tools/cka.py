@@ -198,9 +198,9 @@ def section_of(args):
         config = models.load_exported(evaluate.exported_students(folder)[0])[1]
     else:
         config = timm.get_pretrained_cfg(args.model_a.partition("=")[0]).to_dict()
-    fields = sources.evaluation_fields(args.data) | {"streaming": False, "source": args.data}
     prepared = {key: config[key] for key in ("crop_pct", "interpolation")}
-    return evaluate.TestData(**fields, **prepared, size=config["input_size"][-1])
+    prepared["size"] = config["input_size"][-1]
+    return dataclasses.replace(evaluate.test_data(args.data, prepared), streaming=False)
 
 
 def image_loader(section, images, batch, workers):
