@@ -14,7 +14,6 @@ import functools
 import hashlib
 import io
 import itertools
-import math
 import random
 
 import cv2
@@ -24,12 +23,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, create_transform
-from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, RandAugment, rand_augment_transform
+from timm.data.auto_augment import rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import ToNumpy
 from torchvision import transforms
 
+from rand_augment import FILL, Painter, kernel_name, with_recorded_operations
 from sources import DataError
 
 # Formats that PIL decodes itself. Others start programs (EPS: Ghostscript) or are of no use in training.
@@ -210,15 +210,15 @@ class _FastViews:
     A crop is resized by PyTorch, horizontally and then vertically, as PIL did before Pillow 13, and within
     2 levels of that. Pillow 13 resizes some crops vertically first (its issue 9549): they differ from
     Pillow 12's and from ours by at most 13 levels, near black and white, in 200 crops of photographs (65
-    dB). RandAugment is `_Painter`'s. Views are channels-last in memory.
+    dB). RandAugment is `Painter`'s. Views are channels-last in memory.
     """
 
     def __init__(self, data, per_process):
         self.size = data.size
-        (self.crop, *others), self.policy = _with_recorded_operations(train_transform(data))
+        (self.crop, *others), self.policy = with_recorded_operations(train_transform(data))
         flips = [step.p for step in others if isinstance(step, transforms.RandomHorizontalFlip)]
         self.flip = flips[0] if flips else 0
-        self.painter = _Painter(data.size)
+        self.painter = Painter(data.size)
         self.decoded, self.cropped = np.empty(BUFFER_BYTES, np.uint8), np.empty(BUFFER_BYTES, np.uint8)
         self.views = itertools.cycle(np.empty((per_process, data.size, data.size, 3), np.uint8))
 
@@ -258,7 +258,7 @@ class _FastViews:
         kernel = self.crop.interpolation
         kernel = random.choice(kernel) if isinstance(kernel, (tuple, list)) else kernel
         flipped = self.flip > 0 and bool(torch.rand(1) < self.flip)
-        return box, _kernel_name(kernel), flipped, self.policy([]) if self.policy else []
+        return box, kernel_name(kernel), flipped, self.policy([]) if self.policy else []
 
     def _resized(self, pixels, kernel):
         """uint8 [size, size, 3]."""
@@ -271,226 +271,6 @@ class _FastViews:
         crop = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
         resized = F.interpolate(crop, (self.size, self.size), mode=kernel, antialias=True)
         return resized[0].permute(1, 2, 0).numpy()
-
-
-def _kernel_name(kernel):
-    """ "bilinear" or "bicubic", of a member of PIL's or torchvision's enumeration."""
-    return getattr(kernel, "name", str(kernel)).lower()
-
-
-# ---------------------------------------------------------------- RandAugment: what is drawn
-
-WARPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
-TABLES = (  # operations on single values
-    "Invert",
-    "Posterize",
-    "PosterizeIncreasing",
-    "PosterizeOriginal",
-    "Solarize",
-    "SolarizeIncreasing",
-    "SolarizeAdd",
-    "Brightness",
-    "BrightnessIncreasing",
-)
-COLOURS = ("Color", "ColorIncreasing", "Desaturate")
-
-
-def _with_recorded_operations(transform):
-    """(the other steps, timm's RandAugment or None) of a transform.
-
-    timm's code then draws as ever, but its operations are applied to a list: each appends (name, value,
-    whether bicubic) and leaves the work to `_Painter`.
-    """
-    steps = [step for step in transform.transforms if not isinstance(step, RandAugment)]
-    policy = next((step for step in transform.transforms if isinstance(step, RandAugment)), None)
-    for operation in policy.ops if policy else []:
-        operation.aug_fn = functools.partial(_record, operation.name)
-    return steps, policy
-
-
-def _record(name, operations, value=0.0, *, resample, fillcolor):
-    cubic = False
-    if name in WARPS:  # timm draws a warp's kernel only when it warps
-        kernel = random.choice(resample) if isinstance(resample, (tuple, list)) else resample
-        cubic = _kernel_name(kernel) == "bicubic"
-    return [*operations, (name, value, cubic)]
-
-
-# ---------------------------------------------------------------- RandAugment: its arithmetic
-
-FILL = (124, 116, 104)  # ImageNet's mean colour, as in timm's create_transform
-GREY = np.array([[19595, 38470, 7471]], np.float32) / 65536  # of red, green, blue in PIL's conversion to grey
-SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
-RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])  # all values
-
-# Added before OpenCV rounds, because PIL truncates. Above -0.5: exact integers may come out slightly low.
-TRUNCATE = -0.5 + 1 / 4096
-
-
-class _Painter:
-    """timm's RandAugment on uint8 arrays [size, size, 3], in place.
-
-    Compared with timm's operations on PIL images of the same array: equal where a table of 256 values does
-    it (TABLES, contrast, autocontrast, equalize); within 1 level for colour, sharpness, shears,
-    translations and bilinear rotation. Bicubic rotation and blurs are left to PIL. Buffers are kept: memory
-    fresh from the kernel costs more than the arithmetic.
-    """
-
-    def __init__(self, size):
-        self.size = size
-        shape = (size, size, 3)
-        self.grey = np.empty((size, size), np.uint8)
-        self.other = np.empty(shape, np.uint8)  # a second image, to blend with or to warp into
-        self.fill = np.full(shape, FILL, np.uint8)
-        self.floats, self.turned = np.empty(shape, np.float32), np.empty(shape, np.float32)
-
-        # the image between copies of its edges: windows[y, x] is row y from pixel x on, size + 3 pixels long
-        self.wide = np.zeros((size, 3 * size, 3), np.uint8)
-        length = (size + 3) * 3
-        strides = (self.wide.strides[0], 3, 1)
-        self.windows = np.lib.stride_tricks.as_strided(self.wide, (size, 2 * size - 2, length), strides)
-        self.strip = np.empty((size, size + 3, 3), np.uint8)
-        self.taps, self.sums = torch.empty(size, length), torch.empty(size, size * 3)
-
-    def __call__(self, image, operations):
-        for name, value, cubic in operations:
-            if name in TABLES:
-                cv2.LUT(image, _table(name, value), dst=image)
-            elif name.startswith("Contrast"):
-                mean = cv2.mean(cv2.transform(image, GREY, dst=self.grey))[0]
-                cv2.LUT(image, _contrast_table(mean, value), dst=image)
-            elif name == "AutoContrast":
-                bounds = [cv2.minMaxLoc(channel)[:2] for channel in cv2.split(image)]
-                self._look_up(image, [_autocontrast_table(*pair) for pair in bounds])
-            elif name == "Equalize":
-                counts = [cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)]
-                self._look_up(image, [_equalize_table(count.astype(np.int64)) for count in counts])
-            elif name in COLOURS:
-                cv2.cvtColor(cv2.transform(image, GREY, dst=self.grey), cv2.COLOR_GRAY2RGB, dst=self.other)
-                self._blend(image, min(max(1 - value, 0.0), 1.0) if name == "Desaturate" else value)
-            elif name.startswith("Sharpness"):
-                cv2.filter2D(image, -1, SMOOTH, dst=self.other)
-                for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
-                    self.other[edge] = image[edge]
-                self._blend(image, value)
-            elif name == "Rotate" and not cubic:
-                self._rotate(image, value)
-            elif name in WARPS and name != "Rotate":
-                shift = _shift(name, value, self.size)
-                self._slide(image, shift, cubic, vertically="Y" in name, uniform="Translate" in name)
-            else:
-                kernel = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
-                painted = _timm_operation(
-                    name, Image.fromarray(image), value, resample=kernel, fillcolor=FILL
-                )
-                np.copyto(image, np.asarray(painted))
-
-    def _look_up(self, image, tables):
-        """A table for each channel."""
-        cv2.LUT(image, np.stack(tables, axis=1)[None], dst=image)
-
-    def _blend(self, image, factor):
-        """image * factor + other * (1 - factor)."""
-        cv2.addWeighted(image, factor, self.other, 1 - factor, TRUNCATE, dst=image)
-
-    def _slide(self, image, shift, cubic, *, vertically, uniform):
-        """Each row (vertically: column) resampled `shift` pixels further on; uniform: all by as many."""
-        n = self.size
-        source = cv2.transpose(image, dst=self.other) if vertically else image
-        self.wide[:, n : 2 * n] = source
-        self.wide[:, n - 3 : n], self.wide[:, 2 * n : 2 * n + 3] = source[:, :1], source[:, -1:]
-
-        whole = np.floor(shift)
-        first = np.clip(whole.astype(np.int64), 2 - n, n - 4) + n - 1
-        weights = np.stack(_weights(shift - whole, cubic)).astype(np.float32)
-        result = self.other if vertically else image
-        if uniform:
-            rows = self.wide[:, first[0] : first[0] + n + 3]
-            cv2.filter2D(rows, -1, weights[:, :1].T, dst=self.strip, anchor=(0, 0), delta=TRUNCATE)
-            np.copyto(result, self.strip[:, :n])
-        else:
-            self.taps.copy_(torch.from_numpy(self.windows[np.arange(n), first]))
-            self.sums.zero_()
-            for i in range(4) if cubic else (1, 2):
-                self.sums.addcmul_(self.taps[:, 3 * i : 3 * (i + n)], torch.from_numpy(weights[i])[:, None])
-            cv2.add(self.sums.numpy(), TRUNCATE, dst=result.reshape(n, -1), dtype=cv2.CV_8U)
-
-        at = np.arange(n)
-        outside = (at < np.ceil(-shift - 0.5)[:, None]) | (at >= np.ceil(n - 0.5 - shift)[:, None])
-        cv2.copyTo(self.fill, outside.view(np.uint8), result)
-        if vertically:
-            cv2.transpose(result, dst=image)
-
-    def _rotate(self, image, degrees):
-        """Bilinear."""
-        n = self.size
-        a, b, c, d, e, f = _rotation(degrees, n)
-        to_source = np.array([[a, b, (a + b) / 2 + c - 0.5], [d, e, (d + e) / 2 + f - 0.5]])
-        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        border = cv2.BORDER_REPLICATE
-        np.copyto(self.floats, image)
-        cv2.warpAffine(self.floats, to_source, (n, n), dst=self.turned, flags=flags, borderMode=border)
-        cv2.add(self.turned.reshape(n, -1), TRUNCATE, dst=image.reshape(n, -1), dtype=cv2.CV_8U)
-
-        at = np.arange(n) + 0.5
-        x, y = a * at + (b * at + c)[:, None], d * at + (e * at + f)[:, None]
-        outside = (x < 0) | (x >= n) | (y < 0) | (y >= n)
-        cv2.copyTo(self.fill, outside.view(np.uint8), image)
-
-
-def _timm_operation(name, image, value, **options):
-    """PIL image, changed by timm."""
-    return NAME_TO_OP[name](image, *([] if LEVEL_TO_ARG[name] is None else [value]), **options)
-
-
-def _table(name, value):
-    """uint8 [256]: what timm's operation on single values makes of each."""
-    return np.asarray(_timm_operation(name, RAMP, value))[0]
-
-
-def _contrast_table(mean, factor):
-    """As PIL's ImageEnhance.Contrast, of an image whose mean grey is `mean`, float in 0..255."""
-    return np.asarray(Image.blend(Image.new("L", RAMP.size, int(mean + 0.5)), RAMP, factor))[0]
-
-
-def _autocontrast_table(low, high):
-    """As PIL's ImageOps.autocontrast, of a channel with values low..high."""
-    if high <= low:
-        return np.arange(256, dtype=np.uint8)
-    scale = 255.0 / (high - low)
-    return np.clip(np.trunc(np.arange(256) * scale - low * scale), 0, 255).astype(np.uint8)
-
-
-def _equalize_table(counts):
-    """As PIL's ImageOps.equalize, of a channel with int counts [256]."""
-    used = counts[counts > 0]
-    step = (used.sum() - used[-1]) // 255
-    if len(used) <= 1 or not step:
-        return np.arange(256, dtype=np.uint8)
-    return np.minimum((step // 2 + np.cumsum(counts) - counts) // step, 255).astype(np.uint8)
-
-
-def _shift(name, value, size):
-    """Pixels by which each row (of X) or column (of Y) reads further to the right (below), float64 [size]."""
-    if name.startswith("Shear"):
-        return value * (np.arange(size) + 0.5)
-    return np.full(size, value * size if name.endswith("Rel") else value, np.float64)
-
-
-def _weights(d, cubic):
-    """PIL's kernel at n + d, 0 <= d < 1: weights of pixels n - 1 .. n + 2; cubic with a = -1, else linear."""
-    if cubic:
-        return -d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2
-    return 0 * d, 1 - d, d, 0 * d
-
-
-def _rotation(degrees, size):
-    """The affine map from an output pixel to its source, six numbers, as PIL's Image.rotate computes them."""
-    angle, middle = -math.radians(degrees % 360.0), size / 2
-    cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
-    c = cosine * -middle + sine * -middle + middle
-    f = -sine * -middle + cosine * -middle + middle
-    return cosine, sine, c, -sine, cosine, f
 
 
 # ---------------------------------------------------------------- a batch

@@ -15,26 +15,24 @@ order. Missing files and network failures stop the run. In evaluation broken ima
 fewer images would not be comparable.
 """
 
-import atexit
 import functools
 import itertools
-import multiprocessing
 import random
 import re
-import signal
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 import augment
 import resident
 import sources
 from augment import BrokenImage, seed_of
 from sources import DataError
+from workers import Loader
 
 
 class TrainLoader:
@@ -151,7 +149,7 @@ class TrainLoader:
             dataset, order = _StreamedBatches(self, seed, start, stop), None
         else:
             dataset, order = _MappedBatches(self, seed), _order(self, seed, start, stop)
-        loader = _Loader(
+        loader = Loader(
             dataset,
             batch_size=None,  # the data set makes whole batches
             sampler=order,
@@ -177,79 +175,6 @@ class TrainLoader:
                 f"so far, the recipe's data.max_broken {data.max_broken} allows {allowed}: repair or remove "
                 f"them, or allow more with --set data.max_broken=SHARE\n{reasons}"
             )
-
-
-# ---------------------------------------------------------------- worker processes
-
-
-class _Loader(DataLoader):
-    """A DataLoader whose worker processes do not get SIGTERM and SIGINT.
-
-    Batch systems and Ctrl-C signal the whole process group. The trainer decides then when to stop, and
-    needs its workers until it has. They inherit the signals blocked, so there is no moment at which they
-    could be killed. The errors of workers are DataErrors, without the workers' tracebacks.
-    """
-
-    def __iter__(self):
-        blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        try:
-            batches = super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
-        return _with_plain_errors(batches)
-
-
-def _with_plain_errors(batches):
-    while True:
-        failure = None
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except DataError as error:
-            kind = type(error)
-            _, _, message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
-            failure = kind(message.strip() or str(error))
-            error.__traceback__ = None  # its frames hold the iterator
-        except RuntimeError as error:
-            failure = dead_worker(error)
-            if failure is None:
-                raise
-        if failure:
-            # Nothing else holds the iterator, which now tells its workers to end. The garbage collector would
-            # close their queues first, and then wait 10 s for each worker.
-            del batches
-            raise failure
-        yield batch
-
-
-@atexit.register
-def _kill_workers():
-    """End the workers of loaders that are unfinished at exit, as after an error that nobody caught.
-
-    multiprocessing sends them SIGTERM, which they do not get, and would wait for them for ever.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report that they were killed
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def dead_worker(error):
-    """The DataError for PyTorch's RuntimeError about a worker process that is gone; None for other errors.
-
-    PyTorch raises it wherever the main process is when the signal comes, which may be outside of the
-    loader.
-    """
-    if not re.search(
-        r"DataLoader worker \(pid|Communication with the workers is no longer possible", str(error)
-    ):
-        return None
-    return DataError(
-        f"a worker process that loads images died: {str(error).splitlines()[0]} Often the memory or /dev/shm "
-        "is full, or `ulimit -n` too low: try fewer --workers; --workers 0 loads in the main process and "
-        "shows what is wrong"
-    )
 
 
 # ---------------------------------------------------------------- rows to batches
@@ -483,7 +408,7 @@ def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numb
         images = _StreamedTestImages(images)
     elif not len(split.rows):
         raise DataError(f"{data.source}, {data.test_split}: no images")
-    return _Loader(images, batch_size, num_workers=workers, pin_memory=pin)
+    return Loader(images, batch_size, num_workers=workers, pin_memory=pin)
 
 
 class _TestImages(Dataset):

@@ -37,6 +37,7 @@ import optim
 import recipe
 import rundir
 import sources
+import workers
 from evaluate import accuracy, to_float
 from finish import finish, summary
 from log import Log, count_parameters, plan
@@ -440,6 +441,11 @@ def main(arguments=None):
         _exit(error, 2)
     except launch.TrainingError as error:
         _exit(error, error.exit_code)
+    except RuntimeError as error:  # PyTorch raises it wherever the loop is when a loader's process dies
+        died = workers.dead_worker(error)
+        if died is None:
+            raise
+        _exit(died, 2)
     Accelerator().end_training()
 
 

@@ -27,6 +27,7 @@ from torchvision import transforms
 
 import augment
 import losses
+import rand_augment
 import sources
 
 SIZE = 48
@@ -460,7 +461,7 @@ def test_what_is_drawn_is_what_timm_draws(monkeypatch):
 def _watched(seen, name, aug_fn, image, *values, **options):
     """timm's operation, with what it is to do noted; the kernel is what PIL is given."""
     kernel = []
-    if name in augment.WARPS:
+    if name in rand_augment.WARPS:
         transform = image.transform
         image.transform = lambda *a, **k: (
             kernel.append(k.get("resample", a[3] if len(a) > 3 else None)) or transform(*a, **k)
@@ -485,10 +486,10 @@ def test_a_view_depends_on_its_seed_alone():
 
 # ---------------------------------------------------------------- RandAugment's arithmetic
 
-BY_TABLE = {*augment.TABLES, "Contrast", "ContrastIncreasing", "AutoContrast", "Equalize"}
+BY_TABLE = {*rand_augment.TABLES, "Contrast", "ContrastIncreasing", "AutoContrast", "Equalize"}
 OPERATIONS = (
-    *augment.WARPS,
-    *augment.COLOURS,
+    *rand_augment.WARPS,
+    *rand_augment.COLOURS,
     "Sharpness",
     "SharpnessIncreasing",
     *sorted(BY_TABLE),
@@ -501,19 +502,19 @@ def cases(size=64):
     rng = random.Random(0)
     image = picture(1, (size, size)).point(lambda v: 20 + 0.7 * v)  # AutoContrast has something to stretch
     for name in OPERATIONS:
-        for cubic in (False, True) if name in augment.WARPS else (False,):
+        for cubic in (False, True) if name in rand_augment.WARPS else (False,):
             level, values = LEVEL_TO_ARG[name], [0.0]
             if level:
                 levels = [rng.gauss(7, 0.5) if "Posterize" in name else rng.uniform(0, 10) for _ in range(5)]
                 values = [level(v, {"translate_const": size // 2})[0] for v in levels]
             kernel = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
-            options = dict(resample=kernel, fillcolor=augment.FILL)
+            options = dict(resample=kernel, fillcolor=rand_augment.FILL)
             theirs = [NAME_TO_OP[name](image, *([v] if level else []), **options) for v in values]
             yield name, cubic, np.asarray(image), values, np.stack([np.asarray(x) for x in theirs])
 
 
 def test_operations_are_pils_or_within_a_level():
-    painter = augment._Painter(64)
+    painter = rand_augment.Painter(64)
     for name, cubic, image, values, theirs in cases():
         for value, expected in zip(values, theirs, strict=True):
             ours = image.copy()
@@ -526,7 +527,7 @@ def test_operations_are_pils_or_within_a_level():
 
 def test_flat_images_are_pils():
     """Nothing to stretch or to equalize; one value alone, and almost."""
-    painter, flat = augment._Painter(16), np.full((16, 16, 3), 77, np.uint8)
+    painter, flat = rand_augment.Painter(16), np.full((16, 16, 3), 77, np.uint8)
     almost = flat.copy()
     almost[3, 4] = (0, 200, 78)
     for image in (flat, almost):

@@ -1,8 +1,6 @@
 """tools/bench.py: every section runs in small sizes and writes its JSON, and JSON files become the table."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -15,22 +13,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 import bench
 import harness
 
-RUN_ALL = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import bench
-for section in sys.argv[3:]:
-    bench.main([section, "--small", "--rounds", "1", "--json", sys.argv[2]])
-"""
-
-
-def measured(file, sections):
-    """{section: its result}, of one process for all sections: its imports take longer than they do."""
-    command = [sys.executable, "-c", RUN_ALL, str(ROOT / "tools"), str(file), *sections]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return json.loads(file.read_text())
-
 
 @pytest.mark.parametrize(
     "sections",
@@ -38,7 +20,9 @@ def measured(file, sections):
     ids=["quick", "others"],
 )
 def test_sections_write_their_json_and_become_the_table(sections, tmp_path):
-    results = measured(tmp_path / "bench.json", sections)
+    for section in sections:
+        bench.main([section, "--small", "--rounds", "1", "--json", str(tmp_path / "bench.json")])
+    results = json.loads((tmp_path / "bench.json").read_text())
     assert list(results) == sections
     for section in sections:
         check_result(results[section])

@@ -41,6 +41,7 @@ import data
 import recipe
 import resident
 import sources
+import workers
 
 SIZE = 16
 DIGITS_STREAM = dict(
@@ -600,8 +601,8 @@ def test_a_resumed_run_with_broken_images_is_the_tail_of_the_whole(small_sources
 
 def test_broken_images_do_not_depend_on_the_number_of_workers(small_sources):
     results = []
-    for workers in (0, 2):
-        made = small(small_sources["mapped"], workers=workers)
+    for number in (0, 2):
+        made = small(small_sources["mapped"], workers=number)
         batches = iter(made.batches(1, 0, 10))
         head = [next(batches) for _ in range(3)]
         seen = dict(made.broken)  # workers are ahead; what they found there does not count yet
@@ -756,7 +757,7 @@ def test_a_worker_that_dies_is_an_error_with_advice(small_sources, kind, impatie
 
 
 def test_other_errors_are_not_blamed_on_workers():
-    assert data.dead_worker(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
+    assert workers.dead_worker(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
 
 
 def is_alive(pid):
@@ -817,8 +818,8 @@ def test_workers_end_when_the_trainer_is_killed(tmp_path, impatient):
 def test_workers_end_with_a_trainer_that_fails():
     """An error that nobody catches keeps its frames, and with them the loader, until the process ends."""
     script = (
-        "import multiprocessing, data\n"
-        "batches = iter(data._Loader(range(10**6), num_workers=2))\n"
+        "import multiprocessing, workers\n"
+        "batches = iter(workers.Loader(range(10**6), num_workers=2))\n"
         "next(batches)\n"
         "print(*(process.pid for process in multiprocessing.active_children()))\n"
         "raise SystemError\n"

@@ -181,47 +181,47 @@ def test_each_network_normalises_its_own_input():
 
 
 LOAD_IN_TIMM = """
-import json, models, sys, timm, torch
-model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-config = timm.data.resolve_data_config(model=model)
-values = [config[key] for key in ("mean", "std", "crop_pct", "input_size", "interpolation")]
-print(json.dumps([model(torch.load(sys.argv[2])).tolist(), *values]))
+import cifar_resnet, json, sys, timm, torch
+results = [list(timm.create_model("cifar_resnet20", num_classes=7)(torch.rand(2, 3, 32, 32)).shape)]
+for folder in sys.argv[1:]:
+    model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+    config = timm.data.resolve_data_config(model=model)
+    values = [config[key] for key in ("mean", "std", "crop_pct", "input_size", "interpolation")]
+    results.append([model(torch.load(folder + ".pt")).tolist(), *values])
+print(json.dumps(results))
 """
 
 
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
-        ("cifar_resnet8", {"widths": [4, 4, 8, 16]}),
-        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2}),
-    ],
-)
-def test_exported_students_load_in_timm(name, arguments, tmp_path):
-    network = models.build(
-        name, classes=7, size=32, model_args=arguments, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
-    ).eval()
-    for _ in range(2):  # the second replaces the first
-        models.export(
-            network,
-            tmp_path / "s",
-            model_args=arguments,
-            size=32,
-            crop_pct=0.9,
-            interpolation="bicubic",
-            label_names=list("abcdefg"),
-        )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["config.json", "model.safetensors"]
-    images = torch.rand(2, 3, 32, 32)
-    torch.save((images - network.mean) / network.std, tmp_path / "x.pt")
-    command = [sys.executable, "-c", LOAD_IN_TIMM, str(tmp_path / "s"), str(tmp_path / "x.pt")]
-    logits, *config = json.loads(
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    )
-    torch.testing.assert_close(torch.tensor(logits), network(images))
-    assert config == [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 0.9, [3, 32, 32], "bicubic"]
-    again, _ = models.load_exported(tmp_path / "s")
-    torch.testing.assert_close(again.eval()(images), network(images))
+def test_exported_students_load_in_timm(tmp_path):
+    """In a folder that has cifar_resnet.py alone; in one process, because its imports take seconds."""
+    shutil.copy(ROOT / "cifar_resnet.py", tmp_path)
+    students = {
+        "cifar_resnet8": {"widths": [4, 4, 8, 16]},
+        "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 2},
+    }
+    preprocessing = dict(size=32, crop_pct=0.9, interpolation="bicubic", label_names=list("abcdefg"))
+    images, expected = torch.rand(2, 3, 32, 32), []
+    for name, arguments in students.items():
+        statistics = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+        network = models.build(name, classes=7, size=32, model_args=arguments, **statistics).eval()
+        for _ in range(2):  # the second replaces the first
+            models.export(network, tmp_path / "s" / name, model_args=arguments, **preprocessing)
+        written = sorted(p.name for p in (tmp_path / "s" / name).iterdir())
+        assert written == ["config.json", "model.safetensors"]
+        torch.save((images - network.mean) / network.std, tmp_path / "s" / f"{name}.pt")
+        expected.append(network(images))
+        again, _ = models.load_exported(tmp_path / "s" / name)
+        torch.testing.assert_close(again.eval()(images), expected[-1])
+
+    folders = [str(tmp_path / "s" / name) for name in students]
+    command = [sys.executable, "-c", LOAD_IN_TIMM, *folders]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    shape, *loaded = json.loads(done.stdout)
+    assert shape == [2, 7]
+    for (logits, *config), wanted in zip(loaded, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(logits), wanted)
+        assert config == [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 0.9, [3, 32, 32], "bicubic"]
 
 
 def test_a_student_goes_to_onnx_and_torch_export(tmp_path):
@@ -622,30 +622,3 @@ def test_imagenets_classes_match_however_they_are_written():
         models.ModelError, match="the network has 1000 classes, the data 1000; only in the data: 'n01440764'"
     ):
         class_names.match([f"thing {i}" for i in range(1000)], wnids)
-
-
-# ---------------------------------------------------------------- alone
-
-
-ALONE = """
-import json, sys, cifar_resnet, timm, torch
-network = timm.create_model("cifar_resnet20", num_classes=7)
-student = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-images = torch.load(sys.argv[2])
-print(json.dumps([list(network(torch.rand(2, 3, 32, 32)).shape), student(images).tolist()]))
-"""
-
-
-def test_the_file_works_alone(exported, tmp_path):
-    """Copied into an empty folder it registers its networks, and timm loads an exported student."""
-    network, edit = exported
-    (tmp_path / "alone").mkdir()
-    shutil.copy(ROOT / "cifar_resnet.py", tmp_path / "alone")
-    images = torch.rand(2, 3, 8, 8)
-    torch.save((images - network.mean) / network.std, tmp_path / "images.pt")
-    (tmp_path / "alone" / "use.py").write_text(ALONE)
-    command = [sys.executable, "use.py", str(edit(lambda config: None)), str(tmp_path / "images.pt")]
-    out = subprocess.run(command, cwd=tmp_path / "alone", capture_output=True, text=True, check=True).stdout
-    shape, logits = json.loads(out)
-    assert shape == [2, 7]
-    torch.testing.assert_close(torch.tensor(logits), network.eval()(images))

@@ -165,6 +165,15 @@ def test_accumulated_batches_equal_the_large_one(tmp_path, teacher_file):
 # ---------------------------------------------------------------- teachers
 
 
+def test_a_dead_loader_process_is_told_wherever_it_shows(tmp_path, capsys, monkeypatch):
+    def step(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(train, "train", step)
+    code, message = stopped(capsys, write(tmp_path / "r.json"), tmp_path / "out")
+    assert code == 2 and "a worker process that loads images died: DataLoader worker (pid 7)" in message
+
+
 def test_a_teacher_at_chance_level_stops_the_run(tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(timm.create_model("cifar_resnet8", num_classes=10).state_dict(), tmp_path / "t.pth")
