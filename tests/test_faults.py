@@ -49,7 +49,8 @@ SIGNALS = int(os.environ.get("SOAK_SIGNALS", 8))
 
 
 def small(teacher_file, **changes):
-    return distilled(teacher_file, epochs=2, save_every=2, log_every=3) | changes
+    students = [dict(STUDENT, name="alone", soft=None), STUDENT]
+    return distilled(teacher_file, students=students, epochs=2, save_every=2, log_every=3) | changes
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +109,8 @@ def interrupt(group, how):
         os.kill(group, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    "changes, workers",
-    [pytest.param({}, 0, marks=pytest.mark.slow), (STREAM, 2)],
-    ids=["mapped", "streamed"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes, workers", [({}, 0), (STREAM, 2)], ids=["mapped", "streamed"])
 def test_a_soak_of_signals_ends_in_the_same_weights(changes, workers, tmp_path, teacher_file):
     """At random moments of start, steps, saves and evaluations: weights, state and metrics as without."""
     epochs = 2 + SIGNALS // 4
@@ -335,8 +333,7 @@ def poisoned(monkeypatch, steps):
 
 def test_a_step_without_a_finite_gradient_counts_as_one_of_zeros(tmp_path, teacher_file, monkeypatch, capsys):
     """Momentum and weight decay act as by hand; the other student and the log go on; a resume counts on."""
-    students = [dict(STUDENT, name="alone", soft=None), STUDENT]
-    path = write(tmp_path / "r.json", **small(teacher_file, students=students, epochs=1, save_every=1))
+    path = write(tmp_path / "r.json", **small(teacher_file, epochs=1, save_every=1))
     run(path, tmp_path / "plain")
     for steps in (4, 5):
         with monkeypatch.context() as patch:
@@ -374,8 +371,7 @@ def test_a_step_without_a_finite_gradient_counts_as_one_of_zeros(tmp_path, teach
 
 @pytest.mark.parametrize("steps", [range(7, 1000), range(2, 1000, 2)], ids=["ten in a row", "more than 1 %"])
 def test_too_many_of_them_stop_the_run_with_a_dump(steps, tmp_path, teacher_file, monkeypatch, capsys):
-    students = [dict(STUDENT, name="alone", soft=None), STUDENT]
-    path, out = write(tmp_path / "r.json", **small(teacher_file, students=students)), tmp_path / "out"
+    path, out = write(tmp_path / "r.json", **small(teacher_file)), tmp_path / "out"
     poisoned(monkeypatch, steps)
     code, message = stopped(capsys, path, out)
     (dump,) = out.glob("not-finite-*.json")

@@ -106,9 +106,9 @@ def test_looking_at_gradients_changes_nothing(tmp_path, teacher_file, monkeypatc
     mixed = dict(data__mixup=0.2, data__drop_last=True, batch_size_per_process=32)  # and accumulated
     changes = distilled(teacher_file, epochs=1, log_every=1, **mixed)
     path = write(tmp_path / "r.json", **changes)
-    run(path, tmp_path / "with")
+    run(path, tmp_path / "with", "--limit", 5)
     monkeypatch.setattr(distill.Student, "log_gradients", lambda student: {})
-    run(path, tmp_path / "without")
+    run(path, tmp_path / "without", "--limit", 5)
     (tensors, state), (others, other_state) = (
         final_state(tmp_path / "with"),
         final_state(tmp_path / "without"),
