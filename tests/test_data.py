@@ -140,7 +140,7 @@ def test_results_do_not_depend_on_the_number_of_workers(changes):
 @WORKERS
 def test_a_stream_resumes_at_any_step(workers):
     everything, _ = read(loader(workers=workers, **DIGITS_STREAM), 0, 28)
-    for start in (1, 7, 14, 15, 20):
+    for start in (1, 14, 20):
         rest, _ = read(loader(workers=workers, **DIGITS_STREAM), start, 28)
         assert equal(everything[start:], rest)
 
@@ -424,7 +424,7 @@ def served(made, start=0, stop=None):
     return [labels.tolist() for _, labels, _ in made.batches(0, start, stop or made.steps_per_epoch)]
 
 
-@pytest.mark.parametrize("world, workers", [(1, 0), (1, 3), (2, 2), (3, 1), (4, 2), (7, 0)])
+@pytest.mark.parametrize("world, workers", [(1, 0), (1, 3), (3, 1), (4, 2), (7, 0)])
 def test_uneven_shards_are_shared_without_loss_or_duplicates(uneven, world, workers):
     """Also with more readers than shards: each image at most once an epoch, the same number of steps for
     each process.
@@ -445,7 +445,7 @@ def test_uneven_shards_are_shared_without_loss_or_duplicates(uneven, world, work
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_a_resumed_stream_serves_exactly_the_rest_of_its_epoch(uneven, workers, repeats):
     everything = served(uneven_stream(uneven, workers=workers, data__repeats=repeats), 0, 30)
-    for start in (1, 6, 14, 15, 22):
+    for start in (6, 15, 22):
         assert (
             served(uneven_stream(uneven, workers=workers, data__repeats=repeats), start, 30)
             == everything[start:]
@@ -1019,8 +1019,7 @@ def test_test_images_are_untouched_at_their_own_size():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@WORKERS
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world, workers", [(1, 0), (2, 2), (3, 0)])
 def test_evaluation_sees_every_image_once_in_each_pass(world, workers, streaming):
     section, passes = make_recipe(**(DIGITS_STREAM if streaming else {})).data, [[], []]
     for rank in range(world):

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 
 import datasets
@@ -632,7 +633,13 @@ def generated(folder, section):
     return folder
 
 
-@pytest.mark.parametrize("path", SMALL, ids=lambda p: p.stem)
+def slow_if_like_another(path):
+    """The same as another recipe with other networks of the same family, or without augmentation."""
+    twin = re.search("res8x4|res32x4|res56_scratch|fraction_weak", path.stem)
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if twin else [])
+
+
+@pytest.mark.parametrize("path", map(slow_if_like_another, SMALL))
 def test_every_recipe_runs_two_steps(path, tmp_path):
     """On generated images, with an untrained teacher of another shape."""
     settings = RECIPES[path]
