@@ -103,6 +103,7 @@ def build_student(settings, student, teacher_shapes=None, labels=None):
             size=settings.data.size,
             model_args=student.model_args,
             pretrained=student.pretrained,
+            weights=student.weights,
             mean=student.mean,
             std=student.std,
         )

@@ -161,6 +161,7 @@ def build(
     size,
     model_args=None,
     pretrained=False,
+    weights=None,
     checkpoint=None,
     mean=None,
     std=None,
@@ -168,9 +169,10 @@ def build(
 ):
     """A `Network` by timm name, with random weights, timm's pretrained ones, or those of a file or folder.
 
-    checkpoint: see `load_weights`. size: pixels of the square images it gets; resize: pixels to which it
-    resizes them, interpolated as its timm configuration says. mean and std (per channel, for images in
-    [0, 1]) default to that configuration's. Raises ModelError: unknown name or argument, unfitting weights.
+    checkpoint: a file or folder with weights for these classes; weights: one for any; see `load_weights`.
+    size: pixels of the square images it gets; resize: pixels to which it resizes them, interpolated as its
+    timm configuration says. mean and std (per channel, for images in [0, 1]) default to that
+    configuration's. Raises ModelError: unknown name or argument, unfitting weights.
     """
     check_name(model)
     check_model_args(model_args or {})
@@ -179,6 +181,8 @@ def build(
     except Exception as error:  # the constructors of a thousand networks raise anything
         hint = "; offline, give its weights as a file" if pretrained and isinstance(error, OSError) else ""
         raise ModelError(f"model {model!r} cannot be built with {model_args or {}}: {error}{hint}") from error
+    if weights is not None:
+        load_weights(network, weights, any_head=True)
     if checkpoint is not None:
         load_weights(network, checkpoint)
     config = network.pretrained_cfg
@@ -272,11 +276,12 @@ def check_pretrained(model, *, classes, size):
         )
 
 
-def load_weights(network, path):
+def load_weights(network, path, *, any_head=False):
     """Load a timm model strictly from a .safetensors or .pth file or exported folder; unpickles no objects.
 
     Takes a bare state_dict or one under "model" or "state_dict", as RepDistiller, mdistiller, vanillaKD and
     timm save them, and the names of a model's authors where timm can translate them (facebook's ConvNeXtV2).
+    any_head: a classifier of another number of classes is left out, and the network keeps its own.
     Raises ModelError for what cannot be read or does not fit.
     """
     path = Path(path)
@@ -294,6 +299,8 @@ def load_weights(network, path):
     # a torn zip, a bad header, a pickle with more than tensors, keys timm trips over
     except Exception as error:
         raise ModelError(f"checkpoint {file}: cannot be loaded: {_reason(file, error)}") from error
+    if any_head:
+        state |= _unfitting_head(network, state, expected)
     problems = _misfits(state, expected)
     if problems:
         shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
@@ -303,6 +310,15 @@ def load_weights(network, path):
             f"checkpoint {file} does not fit {name}: {fits} of {len(expected)} tensors match; {shown}"
         )
     network.load_state_dict(state)
+
+
+def _unfitting_head(network, state, expected):
+    """The network's own classifier, as a state_dict, where that of `state` has other shapes; else {}."""
+    heads = network.pretrained_cfg.get("classifier") or ()  # a module's name, or several
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    own = {key: tensor for key, tensor in expected.items() if key.startswith(heads)}
+    fits = all(getattr(state.get(key), "shape", None) == tensor.shape for key, tensor in own.items())
+    return {} if fits else own
 
 
 def _reason(file, error):

@@ -163,7 +163,8 @@ class Student:
     name: Name
     model: Text
     model_args: dict  # passed to timm.create_model
-    pretrained: bool
+    pretrained: bool  # begin with timm's weights
+    weights: Text | None = None  # begin with those of a file or an exported folder; other classes: a new head
     mean: NonEmpty[Real] | None = None  # as the teacher's
     std: NonEmpty[Real] | None = None
     optimizer: Text  # timm's name
@@ -484,6 +485,9 @@ def _contradictions_of_networks(teacher, students):
             yield "teacher: expected recipe, or a model with checkpoint or pretrained"
         if teacher.recipe and (teacher.model_args or teacher.size or teacher.mean or teacher.std):
             yield "teacher: with recipe, model_args, size, mean and std come from that recipe"
+    for i, student in enumerate(students):
+        if student.pretrained and student.weights:
+            yield f"students[{i}]: expected one of pretrained, weights"
     for path, network in networks:
         if (network.mean is None) != (network.std is None):
             yield f"{path}: give both mean and std, or neither"

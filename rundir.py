@@ -239,9 +239,13 @@ def checkpoints(folder):
 
 
 def consequential(tree):
-    """A recipe as JSON without the keys that cannot change a result."""
+    """A recipe as JSON without the keys that cannot change a result, and without nulls.
+
+    A key that recipes get later has the default null, and an older run goes on.
+    """
     if isinstance(tree, dict):
-        return {key: consequential(value) for key, value in tree.items() if key not in HARMLESS}
+        kept = {key: value for key, value in tree.items() if key not in HARMLESS and value is not None}
+        return {key: consequential(value) for key, value in kept.items()}
     return [consequential(value) for value in tree] if isinstance(tree, list) else tree
 
 

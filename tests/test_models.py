@@ -63,6 +63,19 @@ def test_cifar_resnet_initialisation_and_timm_conventions():
     assert network(x).shape == (2, 7) and network.get_classifier() is network.fc
 
 
+def test_weights_of_other_classes_get_a_new_head(tmp_path):
+    original = timm.create_model("cifar_resnet20", num_classes=100)
+    torch.save(original.state_dict(), tmp_path / "w.pth")
+    for classes in (100, 7):
+        state = models.build(
+            "cifar_resnet20", classes=classes, size=32, weights=tmp_path / "w.pth"
+        ).model.state_dict()
+        same = {key for key, tensor in original.state_dict().items() if torch.equal(tensor, state[key])}
+        assert state.keys() - same == (set() if classes == 100 else {"fc.weight", "fc.bias"})
+    with pytest.raises(models.ModelError, match=r"does not fit CifarResNet: .* match; missing"):
+        models.build("cifar_resnet56", classes=7, size=32, weights=tmp_path / "w.pth")
+
+
 def test_a_published_teacher_loads_strictly(tmp_path):
     """RepDistiller's files {"epoch", "model", "accuracy", "optimizer"}, also with DataParallel's prefix."""
     original = timm.create_model("cifar_resnet20", num_classes=100)

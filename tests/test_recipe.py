@@ -111,6 +111,8 @@ ERRORS = [  # (change, what the error says after the file's name)
     (dict(students=[STUDENT]), "students ['kd'] have a distillation loss ('soft') but teacher is null"),
     (dict(teacher={"recipe": "x.json"}),
         "teacher: no student has a distillation loss ('soft'): set teacher to null"),
+    (dict(students__0__pretrained=True, students__0__weights="b"),
+        "students[0]: expected one of pretrained, weights"),
     (dict(students=[STUDENT], teacher={"model": "a", "pretrained": True, "checkpoint": "b"}),
         "teacher: expected one of recipe, checkpoint, pretrained; got checkpoint and pretrained"),
     (dict(students=[dict(STUDENT, ema=0.9), dict(STUDENT, name="kd-ema")]),

@@ -214,6 +214,11 @@ def test_a_run_from_before_a_key_existed_goes_on(tmp_path):
     begun["data"]["rand_augment_on"] = "cpu"
     (out / "recipe.json").write_text(json.dumps(begun))
     assert run(path, out, "--resume")["steps"] == 15
+    # nor in the digest of the settings that its checkpoints have
+    assert (
+        "weights" not in rundir.consequential(begun["students"][0])
+        and begun["students"][0]["weights"] is None
+    )
 
 
 def test_a_trial_is_never_continued_as_a_run(tmp_path, capsys):
