@@ -85,6 +85,7 @@ print(log.accuracy is this.accuracy, this.__file__, package.__file__, package.Me
 """
 
 
+@pytest.mark.slow  # in a process of its own: an order of imports is what can go wrong
 def test_the_name_means_our_file_and_the_package_is_there():
     command = [sys.executable, "-c", SAME_NAME]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()

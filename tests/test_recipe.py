@@ -427,7 +427,9 @@ def test_no_random_bytes_give_a_traceback(tmp_path):
             recipe.load(path)
 
 
+@pytest.mark.slow
 def test_bad_input_exits_with_2_and_no_traceback(tmp_path):
+    """In a process of its own; in this one, `stopped` of conftest.py looks at exit codes and messages."""
     path = write(tmp_path / "r.json", epoch=5)
     out = subprocess.run(
         [sys.executable, ROOT / "train.py", path], capture_output=True, text=True, cwd=tmp_path

@@ -57,7 +57,7 @@ MIX = dict(data__mixup=0.2, data__cutmix=1.0, data__drop_last=True, data__rand_a
 @pytest.mark.parametrize(
     "changes, workers",
     [
-        (dict(epochs=1), 2),
+        pytest.param(dict(epochs=1), 2, marks=pytest.mark.slow),
         (MIX | dict(batch_size_per_process=32), 0),
         (STREAM | {"epochs": 1}, 2),
     ],
@@ -639,11 +639,11 @@ def slow_if_like_another(path):
     return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if twin else [])
 
 
-@pytest.mark.parametrize("path", map(slow_if_like_another, SMALL))
+@pytest.mark.parametrize("path", [slow_if_like_another(path) for path in SMALL])
 def test_every_recipe_runs_two_steps(path, tmp_path):
     """On generated images, with an untrained teacher of another shape."""
     settings = RECIPES[path]
-    size = min(settings.data.size, 64)
+    size = min(settings.data.size, 32)
     changes = [
         "batch_size=8",
         "batch_size_per_process=8",
