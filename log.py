@@ -7,6 +7,7 @@ and top5 (per cent), top1_ema, gradient_hard, gradient_soft and their ratio; "sp
 """
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import os
 import time
 
 import numpy as np
+import pandas as pd
 import torch
 from timm.utils import distribute_bn
 
@@ -24,11 +26,19 @@ import sources
 from evaluate import accuracy
 
 GRADIENTS = ("gradient_hard", "gradient_soft", "gradient_ratio")
+# What TensorBoard shows of a student, by group. It sorts the groups by name: wall_clock comes after train.
 BOARD = {
-    "train": ("loss", "hard", "soft", "lr", "seconds", *GRADIENTS)
-}  # what TensorBoard shows of a student
-BOARD["test"] = ("top1", "top5", "top1_ema", "top5_ema")
-RUN_BOARD = ("epoch", "speed/images_per_second", "seconds/data", "seconds/teacher")
+    "test": ("top1", "top5", "top1_ema", "top5_ema"),
+    "train": ("loss", "hard", "soft", "lr", *GRADIENTS),
+    "wall_clock": ("seconds",),
+}
+RUN_BOARD = {  # and of the run, by the names of a row
+    "epoch": "wall_clock/epoch",
+    "speed/images_per_second": "wall_clock/images_per_second",
+    "seconds/data": "wall_clock/seconds_data",
+    "seconds/teacher": "wall_clock/seconds_teacher",
+}
+SHOWN_MEMORY = 1e7  # bytes, below which the plan says nothing of them
 
 
 class Clock:
@@ -170,7 +180,7 @@ class Log:
                 self.lead.print(f"warning: {self.path} did not take {rows}: {error}")
         try:
             # On the board every student is a run, so that one chart compares them.
-            self.lead.log({key: value for key, value in row.items() if key in RUN_BOARD}, step=step)
+            self.lead.log({RUN_BOARD[key]: row[key] for key in row if key in RUN_BOARD}, step=step)
             for student in self.students:
                 names = {f"{part}/{m}": f"{m}/{student.name}" for part, ms in BOARD.items() for m in ms}
                 values = {name: row[key] for name, key in names.items() if row.get(key) is not None}
@@ -244,17 +254,40 @@ class Log:
         return rows + self.unwritten
 
     def open_board(self, step):
-        """TensorBoard's files; what an interrupted run wrote after `step` is hidden."""
-        for name, accelerator in [("run", self.lead), *((s.name, s.accelerator) for s in self.students)]:
+        """TensorBoard's files; what an interrupted run wrote after `step` is hidden.
+
+        A student's lie in FOLDER/STUDENT, because TensorBoard calls a run by its path.
+        """
+        for name, accelerator in [("", self.lead), *((s.name, s.accelerator) for s in self.students)]:
             accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": step + 1}})
 
     def close_board(self):
-        for accelerator in (self.lead, *(student.accelerator for student in self.students)):
-            for tracker in accelerator.trackers:
-                try:
-                    tracker.finish()
-                except OSError as error:  # tensorboard/ was removed during the run; the result is written
-                    self.lead.print(f"warning: TensorBoard's files are not complete: {error}")
+        """Close TensorBoard's files. Its HPARAMS tab then has the students, with their newest accuracies."""
+        trackers = [(tracker, ()) for tracker in self.lead.trackers]
+        for student in self.students if self.lead.is_main_process else ():
+            summaries = hyper_parameters(self.settings, student.settings)
+            trackers += [(tracker, summaries) for tracker in student.accelerator.trackers]
+        for tracker, summaries in trackers:
+            try:
+                for summary in summaries:
+                    tracker.writer.file_writer.add_summary(summary)
+                tracker.finish()
+            except OSError as error:  # a board was removed during the run; the result is written
+                self.lead.print(f"warning: TensorBoard's files are not complete: {error}")
+
+
+def hyper_parameters(settings, student):
+    """Summaries for TensorBoard: the settings of a student, its schedule and its data, and that it ended."""
+    from torch.utils.tensorboard.summary import hparams  # slow, and TensorBoard's writer has loaded it
+
+    tree = dataclasses.asdict(settings)
+    tree = {key: tree[key] for key in ("seed", "epochs", "batch_size", "schedule", "data")}
+    tree |= dataclasses.asdict(student)
+    (row,) = pd.json_normalize(tree).to_dict("records")
+    texts = {key: json.dumps(v) for key, v in row.items() if isinstance(v, (dict, list, tuple))}
+    # The first summary would make the columns of the first run those of all; TensorBoard then collects them.
+    _, start, end = hparams(row | texts, {})
+    return start, end
 
 
 # ---------------------------------------------------------------- before a run
@@ -265,7 +298,8 @@ def plan(log, teacher, step):
     settings, loader, stop = log.settings, log.loader, log.stop
     data, kind = settings.data, "streamed" if settings.data.streaming else "memory-mapped"
     if loader.resident:
-        kind = f"resident on {loader.resident.device} ({_gigabytes(loader.resident.images.nbytes)})"
+        nbytes = loader.resident.images.nbytes
+        kind = f"resident on {loader.resident.device}" + f" ({_gigabytes(nbytes)})" * (nbytes >= SHOWN_MEMORY)
     share = f" ({data.fraction:g} of each class)" if data.fraction < 1 else ""
     crops = stop * settings.batch_size
     lines = [
@@ -285,13 +319,12 @@ def plan(log, teacher, step):
         network = teacher.network
         fixed += 4 * count_parameters(network)
         name, size = settings.teacher.model or "its recipe", network.size or data.size
-        lines.append(f"  teacher: {name}, {count_parameters(network):,} parameters, {size} pixels")
+        lines.append(f"  teacher: {name}, {network.parameter_count:,} parameters, {size} pixels")
     for student in log.students:
         described, weights, activations = plan_student(student, data.size, loader.per_process)
         lines += described
         fixed, largest = fixed + weights, max(largest, activations)
-    lines.append(f"  memory a process, about: {_memory(fixed, largest, loader.per_process)}")
-    return "\n".join(lines)
+    return "\n".join(lines + _memory("  memory a process", fixed, largest, loader.per_process))
 
 
 def plan_student(student, size, per_process):
@@ -307,15 +340,15 @@ def plan_student(student, size, per_process):
     if module.taps:
         banks = sum(buffer.nbytes for buffer in module.soft.buffers())
         lines.append(
-            f"    its loss trains {count_parameters(module.soft):,} parameters and keeps "
-            f"{_gigabytes(banks)}, features at taps {list(module.taps)}"
+            f"    its loss trains {count_parameters(module.soft):,} parameters"
+            + f" and keeps {_gigabytes(banks)}" * (banks >= SHOWN_MEMORY)
+            + f", features at taps {list(module.taps)}"
         )
     moments = 1 if isinstance(student.optimizer.optimizer, torch.optim.SGD) else 2
     copies = 2 + moments + bool(student.ema)  # weights, gradients, moments, average
     weights = banks + 4 * count_parameters(module) * copies
     activations = per_process * activation_bytes(student.net, size, student.accelerator)
-    lines.append(f"    memory, about: {_memory(weights, activations, per_process)}")
-    return lines, weights, activations
+    return lines + _memory("    memory", weights, activations, per_process), weights, activations
 
 
 def activation_bytes(network, size, accelerator):
@@ -338,9 +371,12 @@ def count_parameters(network):
     return sum(p.numel() for p in network.parameters())
 
 
-def _memory(fixed, activations, per_process):
+def _memory(what, fixed, activations, per_process):
+    """The line about memory in a list, which is empty where it is too little to matter."""
+    if fixed + activations < SHOWN_MEMORY:
+        return []
     kept = f"{_gigabytes(activations)} of activations for {per_process} images"
-    return f"{_gigabytes(fixed)} of weights, gradients and optimizer, {kept}"
+    return [f"{what}, about: {_gigabytes(fixed)} of weights, gradients and optimizer, {kept}"]
 
 
 def _gigabytes(n):

@@ -57,6 +57,7 @@ class Network(nn.Module):
     def __init__(self, model, mean, std, size=None, interpolation="bicubic"):
         super().__init__()
         self.model, self.size, self.interpolation = model, size, interpolation
+        self.parameter_count = sum(p.numel() for p in model.parameters())  # before distill.freeze folds some
         self.statistics = {"mean": tuple(mean), "std": tuple(std)}
         for name, values in self.statistics.items():
             numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)

@@ -21,7 +21,7 @@ from typing_extensions import NotRequired, TypedDict  # noqa: UP035  pydantic ne
 import recipe
 
 MAX_STATE_BYTES = 16 << 20  # of the JSON files of a run
-FOLDERS, FILES = ("checkpoints", "students", "tensorboard"), ("metrics.jsonl", "recipe.json", "result.json")
+FOLDERS, FILES = ("checkpoints", "students"), ("metrics.jsonl", "recipe.json", "result.json")
 # Keys of a recipe that a resume may change, because they cannot change a result.
 HARMLESS = {
     "about",
@@ -171,6 +171,11 @@ def check_folder(folder, settings, *, resume, overwrite, limit=None):
 
     limit: steps of a trial.
     """
+    names = [student.name for student in settings.students]  # of their folders, which TensorBoard reads
+    if taken := {*FOLDERS, *FILES}.intersection(names):
+        raise recipe.RecipeError(
+            f"students: a run's folder has {', '.join(sorted(taken))} of its own: choose other names"
+        )
     left_by_a_failed_start = {"recipe.json", ".lock"}
     if not folder.exists() or {path.name for path in folder.iterdir()} <= left_by_a_failed_start:
         return
@@ -185,7 +190,7 @@ def check_folder(folder, settings, *, resume, overwrite, limit=None):
         raise recipe.RecipeError(
             f"{folder}: holds a run: continue it with --resume or replace it with --overwrite"
         )
-    check_entries(folder)
+    check_entries(folder, (*FOLDERS, *names))
     check_limit(folder, limit)
     if changes := differences(recipe.load(written), settings):
         lines = "\n  ".join(changes)
@@ -194,17 +199,17 @@ def check_folder(folder, settings, *, resume, overwrite, limit=None):
         )
 
 
-def check_entries(folder):
-    """RecipeError for what a run's folder cannot have, as a file that is called checkpoints.
+def check_entries(folder, folders):
+    """RecipeError for what a run's folder cannot have, as a file with the name of one of its `folders`.
 
     Nor symbolic links: writing through one would change a file elsewhere.
     """
     for path in folder.iterdir():
-        if path.name in FOLDERS + FILES and path.is_dir() != (path.name in FOLDERS):
-            kind = "folder" if path.name in FOLDERS else "file"
+        if path.name in (*folders, *FILES) and path.is_dir() != (path.name in folders):
+            kind = "folder" if path.name in folders else "file"
             raise recipe.RecipeError(f"{path}: expected a {kind}: remove it, or start again with --overwrite")
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
+    for parent, below, files in os.walk(folder):
+        for name in (*below, *files):
             if os.path.islink(path := os.path.join(parent, name)):
                 raise recipe.RecipeError(
                     f"{path}: a symbolic link in a run's folder: replace it by what it points to"

@@ -4,9 +4,9 @@
     accelerate launch train.py recipes/prev_cifar_res20_res56.json --data ../shared/data/cifar100 --limit 200
     accelerate launch train.py recipes/prev_cifar_res20_res56.json --set epochs=60 --students kd --resume
 
-Writes into --out (default: runs/RECIPE): recipe.json as it ran, metrics.jsonl and tensorboard/, checkpoints/
-to --resume from, students/NAME/ for timm, and result.json. Processes, precision and devices belong to
-`accelerate launch`.
+Writes into --out (default: runs/RECIPE): recipe.json as it ran, metrics.jsonl, STUDENT/ for
+TensorBoard, checkpoints/ to --resume from, students/STUDENT/ for timm, and result.json. Processes, precision
+and devices belong to `accelerate launch`.
 
 The learning rate, the weight of the distillation loss and all randomness are functions of (seed, step): a run
 that was stopped and resumed is the uninterrupted run bit for bit, and a student learns the same alone or in
@@ -80,7 +80,7 @@ def train(settings, loader, teacher, students, log, checkpoints, signals, step, 
         log.count_step(time.perf_counter() - started, index)
 
         if step % settings.log_every == 0:
-            progress.set_postfix(loss=log.losses(step))
+            progress.set_postfix({"mean loss": log.losses(step)})
         if step % per_epoch == 0 and step // per_epoch in evaluated_epochs(settings):
             log.accuracy(step)
         if step % (settings.save_every or per_epoch) == 0 or step == stop:
@@ -111,8 +111,7 @@ def run_seed(settings, folder, loader, test_loader, teacher, teacher_scores, mod
 
     teacher: a frozen Network or None; modules: what distill.build_student gave for each student.
     """
-    board = ProjectConfiguration(str(folder), str(folder / "tensorboard"))
-    tracking = dict(log_with="tensorboard", project_config=board)
+    tracking = dict(log_with="tensorboard", project_config=ProjectConfiguration(str(folder), str(folder)))
     lead = launch.make_accelerator(**tracking)
     students = [
         distill.prepare_student(student, module, optimizer, loader, **tracking)
@@ -251,7 +250,7 @@ def dry_run(prepared, options, lead):
     log = Log(prepared.out, settings, lead, students, loader, prepared.test_loader, stop, options.limit)
     lead.print(plan(log, teacher, 0))
     seeds = f"seed{settings.seed} to seed{settings.seed + settings.runs - 1}, each with "
-    files = "recipe.json, metrics.jsonl, tensorboard/, checkpoints/, students/, result.json"
+    files = "recipe.json, metrics.jsonl, checkpoints/, students/, result.json, TensorBoard's files"
     lead.print(f"  would write {prepared.out}: {seeds * (settings.runs > 1)}{files}")
 
 

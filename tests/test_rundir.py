@@ -85,7 +85,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [".lock", "metrics.jsonl", "checkpoints", "tensorboard", "students/kd", "recipe.json"]
+    "name", [".lock", "metrics.jsonl", "checkpoints", "kd", "students/kd", "recipe.json"]
 )
 def test_a_symbolic_link_in_a_resumed_folder_is_refused(name, copied, tmp_path, capsys):
     """It could lead anywhere: whoever made the folder would have a file of the user's written to."""
@@ -132,7 +132,7 @@ def test_overwrite_removes_links_and_not_what_they_point_to(tmp_path):
     assert (mine / "thesis.tex").exists() and not (out / "link").is_symlink()
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "checkpoints", "students", "metrics.jsonl", "result.json"])
+@pytest.mark.parametrize("name", ["kd", "checkpoints", "students", "metrics.jsonl", "result.json"])
 def test_files_and_folders_are_not_taken_for_each_other(name, copied, capsys):
     path, _, out = copied
     shutil.rmtree(out / name, ignore_errors=True)
@@ -140,6 +140,13 @@ def test_files_and_folders_are_not_taken_for_each_other(name, copied, capsys):
     (out / name).mkdir() if "." in name else (out / name).write_text("x")
     code, told = stopped(capsys, path, out, "--resume")
     assert code == 2 and f"{out / name}: expected a {'file' if '.' in name else 'folder'}" in told
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "result.json"])
+def test_a_student_has_no_name_of_the_folder(name, tmp_path, capsys):
+    code, told = stopped(capsys, write(tmp_path / "r.json", students__0__name=name), tmp_path / "out")
+    assert code == 2 and f"students: a run's folder has {name} of its own: choose other names" in told
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {".lock"}
 
 
 @pytest.mark.parametrize(
