@@ -86,9 +86,22 @@ def chart(title, curves, x_label, size=(3.6, 2.3), teacher=None, bottom=None):
     axes.margins(x=0.01)
     axes.set_ylim(bottom)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.set_title(title, loc="left", fontsize="medium")
-    axes.set_xlabel(x_label)
+    axes.set(xlabel=x_label, ylabel=printable(title, 60))
     label_ends(axes, ends)
+    return figure
+
+
+def dots(scores, label):
+    """Figure of scores [(name, [one of each seed])]: means with bars of one sample standard deviation."""
+    names, values = zip(*scores, strict=True)
+    frame, rows = pd.DataFrame(map(pd.Series, values)), range(len(names))
+    figure = Figure((3.6, 0.8 + 0.25 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(frame.mean(axis=1), rows, xerr=frame.std(axis=1), fmt="o", color="#0072b2", capsize=3)
+    axes.set_yticks(rows, [printable(name, 24) for name in names])
+    axes.invert_yaxis()
+    axes.set(xlabel=label, ylabel="network")
+    axes.grid(axis="x")
     return figure
 
 
@@ -125,7 +138,7 @@ def heat_map(result):
 
 
 def map_title(result):
-    return "CKA of " + " and ".join(result["models"])
+    return "CKA of " + " and ".join(map(str, result["models"]))
 
 
 def scale_figure(points, paper):

@@ -1,17 +1,16 @@
 """Finished runs and heat maps as one HTML page, and as pictures.
 
-    python tools/report.py results/*.json --out report.html     # for screens, phones and paper; no network
-    python tools/report.py scale --along steps                  # results/scale.svg and results/scale.json
+    python tools/report.py runs/ --out report.html      # every result below; for screens, phones and paper
+    python tools/report.py scale --along steps          # results/scale.svg and results/scale.json
     python tools/report.py curves results/quickstart.json --out docs/quickstart.svg
 
-Reads results of train.py (a run's result.json, or several under "runs") and of tools/cka.py. The other files
-of results/ are passed over: benchmarks, and the paper's numbers, which stand beside ours without being named.
-Accuracies are those of the last epoch: mean and sample standard deviation over seeds.
+Reads results of train.py (a run's result.json, or several under "runs") and of tools/cka.py, and passes over
+other files, such as benchmarks. The paper's numbers stand beside ours without being named. Accuracies are
+those of the last epoch: mean and sample standard deviation over seeds.
 
 `scale` is the paper's Figure 1 on shares of CIFAR-100: how far vanilla KD is behind DKD and DIST. It reads
 runs of recipes/study_fraction_*.json with any data.fraction. A line has runs of equal epochs, as in the
-paper, or --along steps runs of equal steps: data.fraction=0.25 epochs=960 is then in line with 240 epochs of
-all images.
+paper, or with --along steps of equal steps: data.fraction=0.25 epochs=960 beside 240 epochs of all images.
 
 Results may come from strangers: their text is escaped, and the page forbids scripts and all addresses.
 """
@@ -38,14 +37,14 @@ import figures  # noqa: E402
 import paper  # noqa: E402
 
 import recipe  # noqa: E402
+import rundir  # noqa: E402
 
 WANTED = "a run's result (students, recipe), several under 'runs', or a heat map of tools/cka.py"
-CURVES = (  # part of a record, x, y, title of its chart
-    ("accuracy", "epoch", "top1", "Top-1, %"),
-    ("curves", "step", "loss", "Loss"),
-    ("curves", "step", "hard", "Label loss"),
-    ("curves", "step", "soft", "Distillation loss"),
-    ("curves", "step", "gradient_ratio", "Gradient norm of the label loss / of the distillation loss"),
+CURVES = (  # part of a record, x, y, title of its chart. "loss" would compare sums of different losses.
+    ("accuracy", "epoch", "top1", "top-1, %"),
+    ("curves", "step", "hard", "label loss"),
+    ("curves", "step", "soft", "distillation loss"),
+    ("curves", "step", "gradient_ratio", "gradient of label / distillation loss"),
 )
 
 
@@ -64,72 +63,55 @@ class Results(typing.NamedTuple):
 
 
 def read(paths):
-    """Results of files; RecipeError where one cannot be used, or none is a result."""
-    results, seen = Results([], [], []), set()
-    for path in map(str, paths):
+    """Results of files, and of folders: every result.json below, else their JSON files. Else RecipeError."""
+    results, seen, files = Results([], [], []), set(), []
+    for path in map(Path, paths):
+        below = sorted(path.rglob("result.json")) or sorted(path.glob("*.json"))
+        files += below if path.is_dir() else [path]
+    for path in map(str, files):
         text = json.dumps(recipe.read_json(path, paper.MAX_BYTES), ensure_ascii=False)
         tree = json.loads(text.encode(errors="replace"))  # without halves of surrogate pairs
-        keys = set(tree) if isinstance(tree, dict) else set()
-        if "cka" in keys:
-            results.maps.append((path, check_map(tree, path)))
-        elif {"students", "recipe"} <= keys or isinstance(keys and tree.get("runs"), list):
-            for record in paper.records_of(tree):
-                key = json.dumps(check_run(record, path), sort_keys=True)
-                if key not in seen:  # the same run may lie in runs/ and in results/
-                    results.runs.append((path, record))
-                seen.add(key)
-            if "note" in keys:
-                results.notes.append((path, tree["note"]))
-        elif not is_from_another_tool(tree):
-            found = f"the keys {', '.join(list(tree)[:8]) or '(none)'}" if keys else type(tree).__name__
-            raise recipe.RecipeError(f"{path}: expected {WANTED}, found {found}")
+        try:
+            keys = set(tree) if isinstance(tree, dict) else set()
+            if "cka" in keys:
+                results.maps.append((path, check_map(tree)))
+            elif {"students", "recipe"} <= keys or isinstance(keys and tree.get("runs"), list):
+                for record in paper.records_of(tree):
+                    key = json.dumps(check_run(record), sort_keys=True)
+                    if key not in seen:  # the same run may lie in runs/ and in results/
+                        results.runs.append((path, record))
+                    seen.add(key)
+                if "note" in keys:
+                    results.notes.append((path, tree["note"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise recipe.RecipeError(f"{path}: expected {WANTED}; {type(error).__name__}: {error}") from None
     if not results.runs and not results.maps:
         raise recipe.RecipeError(f"{', '.join(map(str, paths))}: expected {WANTED}, found none")
     return results
 
 
-def is_from_another_tool(tree):
-    """Whether it is the paper's numbers, the points of `scale`, or benchmarks with their commit."""
-    parts = [tree, *tree.values()] if isinstance(tree, dict) else []
-    return any(isinstance(part, dict) and {"cells", "figure_1", "commit"} & set(part) for part in parts)
-
-
-def check_run(record, path):
+def check_run(record):
     """The record, if it has all that the page reads; without options that recipes no longer have."""
-    try:
-        recipe.drop_removed(record["recipe"])
-        number(record["seed"])
-        number(record["recipe"]["epochs"])
-        number(record["recipe"]["data"].get("fraction", 1.0))
-        for result, student in zip(record["students"], record["recipe"]["students"], strict=True):
-            paper.experiment(record["recipe"], student)
-            number(result["last"]["top1"])
-            _ = result["name"], student["model"]
-            if student["soft"]:
-                number(record["teacher"]["top1"])
-        for part, x, y, _ in CURVES:
-            curves_of([record], part, x, y)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        wanted = "a result as train.py writes it, and its recipe as resolved"
-        raise recipe.RecipeError(f"{path}: expected {wanted}; {type(error).__name__}: {error}") from None
+    recipe.drop_removed(record["recipe"])
+    numbers = [record["seed"], record["recipe"]["epochs"], record["recipe"]["data"].get("fraction", 1.0)]
+    for result, student in zip(record["students"], record["recipe"]["students"], strict=True):
+        paper.experiment(record["recipe"], student)
+        _ = result["name"], student["model"]
+        for scores in (result | result["last"], *([record["teacher"]] if student["soft"] else [])):
+            numbers += [scores[key] for key in ("top1", "n", "parameters")]
+    list(map(number, numbers))
+    for part, x, y, _ in CURVES:
+        curves_of([record], part, x, y)
     return record
 
 
-def check_map(tree, path):
+def check_map(tree):
     """The heat map, if its layers and its numbers are those of two models."""
-    try:
-        models, matrix = [str(name) for name in tree["models"]], tree["cka"]
-        known = [number(value) for row in matrix for value in row if value is not None]
-        rows, columns = (len(layers) for layers in tree["layers"])
-        lengths = [len(row) for row in matrix]
-        fits = len(models) == 2 and known and lengths == [columns] * rows
-    except (KeyError, TypeError, ValueError) as error:
-        wanted = "a heat map as tools/cka.py writes it"
-        raise recipe.RecipeError(f"{path}: expected {wanted}; {type(error).__name__}: {error}") from None
-    if not fits:
-        wanted = "the layers of two models, and a row of cka for each layer of the first"
-        raise recipe.RecipeError(f"{path}: expected {wanted}")
-    return tree | {"models": models}
+    rows, columns = map(len, tree["layers"])
+    known = [number(value) for row in tree["cka"] for value in row if value is not None]
+    if len(tree["models"]) != 2 or [len(row) for row in tree["cka"]] != [columns] * rows or not known:
+        raise ValueError("expected the layers of two models, and a row of cka for each layer of the first")
+    return tree
 
 
 def number(value):
@@ -206,13 +188,13 @@ def figure_1():
 
 # ---------------------------------------------------------------- parts of the page
 
-NUMBER = r"[-+]?[\d.]*(?: ± [\d.]+)?|not run"
+NUMBER = r"[-+]?[\d.,]*(?: ± [\d.]+)?|not run"
 
 
-def table(rows, caption):
-    """Dictionaries with equal keys as an HTML table, without empty columns; numbers are right-aligned."""
-    texts = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
-    frame = pd.DataFrame(texts).loc[:, lambda frame: (frame != "").any()]
+def table(rows, columns, caption):
+    """Columns of dictionaries as an HTML table, without the empty ones; numbers are right-aligned."""
+    texts = [[str(row[column]) for column in columns] for row in rows]
+    frame = pd.DataFrame(texts, columns=columns).loc[:, lambda frame: (frame != "").any()]
     styles = {}
     for name, column in frame.items():
         if column.str.fullmatch(NUMBER).all():
@@ -220,9 +202,9 @@ def table(rows, caption):
         elif column.str.len().max() > 40:
             styles[name] = [{"selector": "", "props": "min-width:15rem"}]
     styler = Styler(frame, cell_ids=False).hide(axis="index").set_table_styles(styles)
-    styler.format(escape="html").format_index(escape="html", axis=1).set_caption(escaped(caption))
+    styler.format(escape="html").format_index(escape="html", axis=1)
     label = f'tabindex="0" role="region" aria-label="{escaped(caption)}"'
-    return f'<div class="box" {label}>{styler.to_html()}</div>'
+    return f'<p class="caption">{escaped(caption)}</p><div class="box" {label}>{styler.to_html()}</div>'
 
 
 def escaped(value):
@@ -243,29 +225,23 @@ def picture(figure, title, caption="", kind=""):
 
 def against_paper(records):
     """Every table of the paper for which there is a run, whole: what has not been run is marked."""
+    columns = ["network", "method", "epochs", "paper", "ours", "±", "seeds", "difference", "our teacher"]
+    columns += ["reduced", "measure", "label loss", "lr", "weight_decay", "disputed"]  # for phones, the last
     parts = []
     for name in (*paper.TABLES, paper.STUDY):
         rows = [paper.row(cell, records) for cell in paper.cells(name)]
+        for row in rows:
+            row["network"] = " → ".join(filter(None, (row["teacher"], row["student"])))
+            if row["measure"] == "kd_minus_best_other":
+                row |= {"method": "kd minus best other", "measure": ""}
         if any(row["seeds"] or row["reduced"] for row in rows):
-            parts.append(table(list(map(brief, rows)), f"Table {name} of the paper"))
+            parts.append(table(rows, columns, f"Table {name} of the paper"))
             if disputes := paper.disputes(name):
                 items = [f"<li>{escaped(d['topic'])}: {escaped(d['resolution'])}</li>" for d in disputes]
                 parts.append(f"<p>Disputed here, and what was chosen:</p><ul>{''.join(items)}</ul>")
-    if not parts:
-        return "<p>None of these runs has the settings of a cell of the paper.</p>"
-    parts.append("<p>The commands of all cells: <code>python tools/paper.py all</code>.</p>")
+    if parts:
+        parts.append("<p>The commands of all cells: <code>python tools/paper.py all</code>.</p>")
     return "".join(parts)
-
-
-def brief(row):
-    """A row of paper.py with its numbers near the beginning, for phones."""
-    network = " → ".join(filter(None, (row["teacher"], row["student"])))
-    first = ("method", "epochs", "paper", "ours", "±", "seeds", "difference", "our teacher", "reduced")
-    last = ("measure", "label loss", "lr", "weight_decay", "disputed")
-    shown = {"network": network} | {key: row[key] for key in (*first, *last)}
-    if row["measure"] == "kd_minus_best_other":
-        shown |= {"method": "kd minus best other", "measure": ""}
-    return shown
 
 
 def data_scale(records):
@@ -277,16 +253,9 @@ def data_scale(records):
         points = [p for p in points if lines[p["augmentation"], p["epochs"], p["method"]] > 1]
         if points:
             caption = f"Runs of a line have the same number of {along}."
-            pictures.append(
-                picture(
-                    figures.scale_figure(points, figure_1()),
-                    figures.scale_title(points),
-                    caption,
-                    kind="wide",
-                )
-            )
-    none = "<p>No setting was run on several shares of the training images (<code>data.fraction</code>).</p>"
-    return "".join(pictures) or none
+            figure = figures.scale_figure(points, figure_1())
+            pictures.append(picture(figure, figures.scale_title(points), caption, kind="wide"))
+    return "".join(pictures)
 
 
 def similarity(maps):
@@ -295,84 +264,109 @@ def similarity(maps):
     for file, result in maps:
         rows = [[value for value in row if value is not None] for row in result["cka"]]
         mean = statistics.fmean(max(row) for row in rows if row)
-        first, second = map(escaped, result["models"])
         images, data = (escaped(result.get(key, "unknown")) for key in ("images", "data"))
-        caption = f"<b>{first}</b> (up) and <b>{second}</b> (right), images: {images} of {data}. "
-        caption += (
-            f"CKA of a layer of the first and the most similar one of the second: {mean:.2f} on average."
-        )
-        pictures.append(
-            picture(figures.heat_map(result), figures.map_title(result), caption + made_by(file, result))
-        )
-    about = (
-        "Minibatch linear CKA between all layers, 0 to 1; grey: a layer with equal features of all images."
-    )
+        caption = f"{images} images of {data}; mean over the rows of their largest value: {mean:.2f}"
+        drawn = figures.heat_map(result), figures.map_title(result)
+        pictures.append(picture(*drawn, caption + made_by([(file, result)])))
+    about = "Minibatch linear CKA between all layers, 0 to 1; grey: the features of all images are equal."
     return f'<p>{about}</p><div class="charts">{"".join(pictures)}</div>'
 
 
-def training(results):
-    """Accuracies and curves of all runs; those that differ in their seed only are one experiment."""
+def experiments(runs):
+    """[[(file, record)]]: runs that differ in their seed only are one experiment. Those of teachers first."""
     groups = collections.defaultdict(list)
-    for file, record in results.runs:
-        settings = {k: v for k, v in record["recipe"].items() if k not in ("seed", "runs", "about")}
+    for file, record in sorted(runs, key=lambda run: bool(run[1].get("teacher"))):
+        settings = rundir.consequential(record["recipe"]) | {"seed": None}
         groups[json.dumps([settings, record.get("limit")], sort_keys=True)].append((file, record))
-    notes = [f"<p>{escaped(file)}: {escaped(note)}</p>" for file, note in results.notes]
-    return "".join([*notes, *map(experiment, groups.values())])
+    return list(groups.values())
+
+
+def accuracies(groups):
+    """The table of all students with what they gained over labels alone, and of every teacher once."""
+    rows, shown = [], []
+    for file, record in itertools.chain.from_iterable(groups):
+        tree, teacher, run = record["recipe"], record.get("teacher"), heading_of(file, record)
+        pairs = list(zip(record["students"], tree["students"], strict=True))
+        alone = [result["last"]["top1"] for result, student in pairs if not student["soft"]]
+        for result, student in pairs:
+            row = {"student": result["name"], "model": student["model"], **result, **result["last"]}
+            row |= {"loss": student["soft"]["loss"] if student["soft"] else "labels alone"}
+            row["gain"] = row["top1"] - alone[0] if alone and student["soft"] else None
+            same = json.dumps(paper.experiment(tree, student), sort_keys=True)
+            rows.append(row | {"run": run, "seed": record["seed"], "experiment": same})
+        if teacher:
+            row = {"student": "(teacher)", "model": paper.teacher_of(tree["teacher"]), **teacher}
+            rows.append(row | {"run": run, "loss": "", "experiment": ""})
+    frame = pd.DataFrame(rows)
+    known = frame.duplicated(["model", "parameters", "n", "top1"]) & (frame["student"] == "(teacher)")
+    keys = ["run", "student", "loss", "n", "model", "parameters", "experiment"]
+    for key, group in frame[~known].groupby(keys, sort=False):
+        row = {"top-1, %": with_spread(group["top1"]), "gain": with_spread(group["gain"].dropna(), "+")}
+        row["seeds"] = group["seed"].nunique() or ""
+        shown.append(row | dict(zip(keys, key, strict=True)))
+    columns = ["run", "student", "top-1, %", "gain", "seeds", "n", "loss", "model", "parameters"]
+    caption = (
+        "Last epoch: mean ± sample standard deviation over seeds; n test images. Gain: points above the "
+    )
+    return table(shown, columns, caption + "student with labels alone, seed by seed.")
+
+
+def with_spread(values, sign=""):
+    """Mean and sample standard deviation as text; "" of nothing."""
+    spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.2f}{spread}" if len(values) else ""
 
 
 def experiment(runs):
     """The part of the page for runs [(file, record)] of one recipe with different seeds."""
-    (file, first), records = runs[0], [record for _, record in runs]
-    settings, rows = first["recipe"], []
-    for i, student in enumerate(settings["students"]):
-        top1 = [record["students"][i]["last"]["top1"] for record in records]
-        spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-        loss = student["soft"]["loss"] if student["soft"] else "labels alone"
-        row = {"student": first["students"][i]["name"], "model": student["model"], "loss": loss}
-        rows.append(row | {"top-1 %": f"{statistics.fmean(top1):.2f}{spread}", "seeds": len(top1)})
-    if any(student["soft"] for student in settings["students"]):
-        teacher = {"student": "(teacher)", "model": paper.teacher_of(settings["teacher"])}
-        rows.append(dict.fromkeys(rows[0]) | teacher | {"top-1 %": f"{first['teacher']['top1']:.2f}"})
-    charts = []
+    head = f"<h3>{escaped(heading_of(*runs[0]))}</h3><p>{escaped(runs[0][1]['recipe'].get('about', ''))}</p>"
+    pictures = "".join(itertools.starmap(picture, charts([record for _, record in runs])))
+    return f'{head}<div class="charts">{pictures}</div>{made_by(runs)}'
+
+
+def charts(records):
+    """(figure, title): curves with several points, losses of one kind in one chart; the last accuracies."""
+    settings, results = records[0]["recipe"]["students"], [record["students"] for record in records]
+    teacher = records[0]["teacher"]["top1"] if records[0].get("teacher") else None
     for part, x, y, title in CURVES:
-        curves = curves_of(records, part, x, y)
-        if any(len(curve) > 1 for seeds in curves.values() for curve in seeds):
-            charts.append(picture(figures.chart(title, curves, x), title))
-    heading = f"{name_of(file, first)}: {settings['epochs']:g} epochs"
-    share = settings["data"].get("fraction", 1.0)
-    if share != 1:
-        heading += f", {100 * share:g} % of the images"
-    parts = [f"<h3>{escaped(heading)}</h3>", warning(file, first)]
-    if settings.get("about"):
-        parts.append(f"<p>{escaped(settings['about'])}</p>")
-    parts.append(table(rows, "Last epoch, test images"))
-    parts.append(f'<div class="charts">{"".join(charts)}</div>')
-    return "".join([*parts, *itertools.starmap(made_by, runs)])
+        kinds = collections.defaultdict(dict)
+        for name, curves in curves_of(records, part, x, y).items():
+            loss = next((s[y]["loss"] for s in settings if s["name"] == name and s.get(y)), "")
+            if max(map(len, curves)) > 1:
+                kinds[f"{title}: {loss}" if loss else title][name] = curves
+        for kind, curves in kinds.items():
+            yield figures.chart(kind, curves, x, teacher=teacher if y == "top1" else None), kind
+        if y == "top1" and not kinds and len(settings) > 1:
+            scores = [
+                (same[0]["name"], [r["last"]["top1"] for r in same]) for same in zip(*results, strict=True)
+            ]
+            yield figures.dots(scores + [("teacher", [teacher])] * (teacher is not None), title), title
 
 
-def made_by(file, record):
-    """What is needed to make a number again; a list, as commands are too long for a table."""
+def made_by(runs):
+    """What is needed to make the numbers of runs again, once; a list: commands are too long for a table."""
     keys = ("command", "commit", "seed", "steps", "seconds", "precision", "hardware", "versions")
-    facts = {"file": file} | {key: record[key] for key in keys if record.get(key) is not None}
-    lines = [f"<dt>{key}</dt><dd>{escaped(value)}</dd>" for key, value in facts.items()]
+    facts = {"file": [file for file, _ in runs]}
+    facts |= {key: [record[key] for _, record in runs if record.get(key) is not None] for key in keys}
+    texts = {key: "; ".join(dict.fromkeys(map(escaped, values))) for key, values in facts.items()}
+    lines = [f"<dt>{key}</dt><dd>{text}</dd>" for key, text in texts.items() if text]
     return f"<dl>{''.join(lines)}</dl>"
 
 
-def name_of(file, record):
-    """The recipe's name, which only the command tells."""
+def heading_of(file, record):
+    """Name and length of a run, and what makes it less than its recipe, whose name only the command tells."""
     match = re.search(r"([\w.-]+)\.json", str(record.get("command")))
-    return match[1] if match else Path(file).stem
-
-
-def warning(file, record):
-    """What makes a run less than its recipe, or ""."""
-    text, epochs = "", record["recipe"]["epochs"]
-    path = ROOT / "recipes" / f"{name_of(file, record)}.json"
+    name, epochs = match[1] if match else Path(file).stem, record["recipe"]["epochs"]
+    whole = paper.load(name) if (ROOT / "recipes" / f"{name}.json").is_file() else None
+    trained = {student["name"] for student in record["recipe"]["students"]}
+    if whole and whole.teacher and not trained & {student.name for student in whole.students}:
+        name = Path(whole.teacher.recipe or name).stem  # the command trained it first
+        whole = paper.load(name)
+    share, longest = record["recipe"]["data"].get("fraction", 1.0), whole.epochs if whole else epochs
+    length = f"{epochs:g} of {longest:g} epochs" if epochs < longest else f"{epochs:g} epochs"
     if record.get("limit") is not None:
-        text = f"A trial of {record['limit']} steps, which says nothing about accuracy."
-    elif path.is_file() and epochs < (whole := recipe.load(path).epochs):
-        text = f"A reduced schedule: {epochs:g} epochs where the recipe has {whole:g}."
-    return f'<p class="warning">{escaped(text)}</p>' if text else ""
+        length = f"a trial of {record['limit']} steps, which says nothing about accuracy"
+    return f"{name}: {length}" + f", {100 * share:g} % of the images" * (share != 1)
 
 
 # ---------------------------------------------------------------- the page
@@ -380,17 +374,16 @@ def warning(file, record):
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 *{box-sizing:border-box}
-html{background:#fff;color:#1c2128;font:16px/1.5 system-ui,sans-serif}
-body{margin:0 auto;padding:1rem;max-width:76rem}
+body{margin:0 auto;padding:1rem;max-width:76rem;color:#1c2128;font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin:2.2rem 0 .5rem;border-bottom:1px solid #d5d9df}
 h3{margin:1.6rem 0 .3rem}h1,h2,h3,p,li,dd,figcaption{overflow-wrap:anywhere}
 p,ul{max-width:46rem;margin:.5rem 0}ul{padding-left:1.2rem}
 nav a{margin-right:1rem;display:inline-block;padding:.2rem 0}
-figcaption,caption{color:#5b6470;font-size:.85rem;text-align:left}
-.warning{border-left:4px solid #d55e00;padding:.2rem .7rem;background:#f5f6f8}
-.box{overflow-x:auto;margin:.8rem 0}
+figcaption,.caption{color:#5b6470;font-size:.85rem;text-align:left}
+.box{overflow-x:auto;margin:.3rem 0 1rem}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid #d5d9df;max-width:28rem}
+td:first-child{overflow-wrap:anywhere;min-width:7rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:0 .8rem;font-size:.8rem;max-width:60rem}
 dt{color:#5b6470}dd{margin:0}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1.2rem}
@@ -398,21 +391,24 @@ figure{margin:0;break-inside:avoid}figure img{display:block;width:100%;height:au
 .wide{overflow-x:auto}.wide img{min-width:44rem}
 @media print{
 @page{margin:14mm}
-html{font-size:10pt}body{max-width:none;padding:0}nav{display:none}.box,.wide{overflow:visible}
+body{font-size:10pt;max-width:none;padding:0}nav{display:none}.box,.wide{overflow:visible}
 table{font-size:7.5pt}th,td{min-width:0!important;padding:.15rem .3rem}td{overflow-wrap:anywhere}
-tr,.warning,dl{break-inside:avoid}dl{font-size:8pt}.wide img{min-width:0}
-h2,h3,caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
+tr,dl{break-inside:avoid}dl{font-size:8pt}.wide img{min-width:0}
+h2,h3,.caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
 }
 """
 
 
 def page(results):
     """The whole report as HTML text."""
+    groups = experiments(results.runs)
+    notes = [f"<p>{escaped(file)}: {escaped(note)}</p>" for file, note in results.notes]
     sections = {
-        "Against the paper": results.runs and against_paper(results.complete),
-        "Data scale": results.runs and data_scale(results.complete),
+        "Accuracy": groups and accuracies(groups),
+        "Against the paper": against_paper(results.complete),
+        "Data scale": data_scale(results.complete),
         "Similarity of layers": results.maps and similarity(results.maps),
-        "Training": results.runs and training(results),
+        "Training": "".join([*notes, *map(experiment, groups)]),
     }
     links, body = [], []
     for i, (title, part) in enumerate(sections.items()):
@@ -448,17 +444,14 @@ def write_scale(results, args):
     """The data-scale figure, and its points beside it as JSON."""
     points = scale_points(results.complete, args.along)
     if not points:
-        studies = "recipes/study_fraction_weak.json or study_fraction_strong.json"
-        raise recipe.RecipeError(f"no finished run of {studies} with kd in it")
-    args.out.write_text(
-        figures.svg(figures.scale_figure(points, figure_1()), figures.scale_title(points)), encoding="utf-8"
-    )
-    tree = {"points": points, "figure_1": figure_1()}
-    args.out.with_suffix(".json").write_text(json.dumps(tree, indent=2) + "\n")
+        raise recipe.RecipeError("no finished run of recipes/study_fraction_*.json with kd in it")
+    figure = figures.scale_figure(points, figure_1())
+    args.out.write_text(figures.svg(figure, figures.scale_title(points)), encoding="utf-8")
+    text = json.dumps({"points": points, "figure_1": figure_1()}, indent=2)
+    args.out.with_suffix(".json").write_text(text + "\n")
     for p in points:
-        gap = f"{p['mean']:+.2f}" + (f" ± {p['spread']:.2f}" if p["spread"] is not None else "")
-        line = f"{p['augmentation']} {p['epochs']} fraction {p['fraction']:g}: {p['method']} - kd = {gap}"
-        print(f"{line}, seeds {len(p['gaps'])}")
+        line = f"{p['augmentation']} {p['epochs']} fraction {p['fraction']:g}: {p['method']} - kd = "
+        print(f"{line}{with_spread(pd.Series(p['gaps']), '+')}, seeds {len(p['gaps'])}")
 
 
 def write_curves(results, args):
@@ -466,14 +459,13 @@ def write_curves(results, args):
     taught = [record for record in results.complete if record.get("teacher")]
     curves = curves_of(taught or results.complete, "accuracy", "epoch", "top1")  # not the teacher's own run
     if not any(len(curve) > 1 for seeds in curves.values() for curve in seeds):
-        hint = "set evaluate_every of its recipe to less than its epochs"
-        raise recipe.RecipeError(f"no run was evaluated after several epochs: {hint}")
+        raise recipe.RecipeError("no run has accuracies of several epochs: set evaluate_every of its recipe")
     teachers = {record["teacher"]["top1"] for record in taught}
     seeds = max(map(len, curves.values()))
-    title = "Top-1 accuracy, %" + f": mean and standard deviation over {seeds} seeds" * (seeds > 1)
+    title = "top-1, %" + f": mean and standard deviation, {seeds} seeds" * (seeds > 1)
     teacher = teachers.pop() if len(teachers) == 1 else None
-    late = [curve[len(curve) // 2 :] for seeds in curves.values() for curve in seeds]
-    lowest = min(top1 for curve in late for _, top1 in curve)
+    every = itertools.chain.from_iterable(curves.values())
+    lowest = min(top1 for curve in every for _, top1 in curve[len(curve) // 2 :])
     figure = figures.chart(title, curves, "epoch", (7, 3.2), teacher, bottom=lowest - 1)
     args.out.write_text(figures.svg(figure, title), encoding="utf-8")
 
@@ -486,27 +478,18 @@ COMMANDS = {
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(metavar="COMMAND")
-    files = sorted((ROOT / "results").glob("*.json"))
-    for name, (function, out) in COMMANDS.items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        command.set_defaults(function=function)
-        add, what = command.add_argument, "JSON files of runs and heat maps (default: results/*.json)"
-        add("results", nargs="*", default=files, metavar="RESULTS", help=what)
-        add("--out", type=Path, default=out, metavar="FILE", help=f"default: {out.name}")
-    along = "what the runs of a line have in common (default: epochs)"
-    commands.choices["scale"].add_argument(
-        "--along", choices=("epochs", "steps"), default="epochs", help=along
-    )
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
-        arguments = ["page", *arguments]
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    function, out = COMMANDS[arguments.pop(0) if arguments and arguments[0] in COMMANDS else "page"]
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
+    add = parser.add_argument
+    add("results", nargs="*", default=[ROOT / "results"], help="JSON files, or folders (default: results)")
+    add("--out", type=Path, default=out, metavar="FILE", help="default: report.html, scale.svg, curves.svg")
+    along = "of scale: what the runs of a line have in common (default: epochs)"
+    add("--along", choices=("epochs", "steps"), default="epochs", help=along)
     args = parser.parse_args(arguments)
     try:
-        args.function(read(args.results), args)
+        function(read(args.results), args)
     except recipe.RecipeError as error:
         parser.exit(2, f"error: {error}\n")
 
