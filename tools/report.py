@@ -383,7 +383,7 @@ figcaption,.caption{color:#5b6470;font-size:.85rem;text-align:left}
 .box{overflow-x:auto;margin:.3rem 0 1rem}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid #d5d9df;max-width:28rem}
-td:first-child{overflow-wrap:anywhere;min-width:7rem}
+td:first-child{overflow-wrap:anywhere;min-width:8.5rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:0 .8rem;font-size:.8rem;max-width:60rem}
 dt{color:#5b6470}dd{margin:0}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1.2rem}
