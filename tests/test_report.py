@@ -143,8 +143,8 @@ def test_every_result_below_a_folder_and_no_empty_section(report, tmp_path):
     source = (tmp_path / "report.html").read_text()
     assert re.findall("<h2[^>]*>(.*?)</h2>", source) == ["Accuracy", "Training"]
     assert [row[:2] for row in cells(source)[1:]] == [
-        ["quickstart_teacher: 40 epochs", "teacher"],
-        *[["quickstart: 20 epochs", name] for name in ("alone", "kd", "dist")],
+        ["quickstart_teacher: 20 epochs", "teacher"],
+        *[["quickstart: 8 epochs", name] for name in ("alone", "kd", "dist")],
     ]
     labels, kd = (
         Page(source).images[name] for name in ("label loss: cross_entropy", "distillation loss: kd")
