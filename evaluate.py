@@ -16,7 +16,7 @@ The metric is a `Metric` of the Hugging Face package `evaluate`, offline.
 import argparse
 import dataclasses
 import functools
-import importlib
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -59,28 +59,31 @@ def import_hf_evaluate():
             sys.modules["evaluate"] = this_module
 
 
-hf_evaluate = import_hf_evaluate()
+importlib.metadata.version("evaluate")  # missing, it would be noticed at the first evaluation, maybe in hours
 
 
-class TopK(hf_evaluate.Metric):
-    """Per cent of rows with a right class among the first k of `predictions` (class ids, best first).
+@functools.cache
+def top_k():
+    """A `Metric`: per cent of rows with a right class among the first k of `predictions` (ids, best first).
 
-    A row's reference is the list of its right classes: one, or with ImageNet-ReaL several.
+    A row's reference is the list of its right classes: one, or with ImageNet-ReaL several. The class is made
+    at its first use, because importing the package takes seconds: it brings scipy and audio code.
     """
+    package = import_hf_evaluate()
+    ids = datasets.Sequence(datasets.Value("int32"))
+    features = datasets.Features({"predictions": ids, "references": ids})
 
-    def _info(self):
-        ids = datasets.Sequence(datasets.Value("int32"))
-        return hf_evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="",
-            features=datasets.Features({"predictions": ids, "references": ids}),
-        )
+    class TopK(package.Metric):
+        def _info(self):
+            texts = dict(description=top_k.__doc__, citation="", inputs_description="")
+            return package.MetricInfo(features=features, **texts)
 
-    def _compute(self, predictions, references, ks=(1, 5)):
-        rows = zip(predictions, references, strict=True)
-        hits = np.array([np.isin(best, right) for best, right in rows])  # [n, largest k]
-        return {f"top{k}": round(100 * float(hits[:, :k].any(axis=1).mean()), 4) for k in ks}
+        def _compute(self, predictions, references, ks=(1, 5)):
+            rows = zip(predictions, references, strict=True)
+            hits = np.array([np.isin(best, right) for best, right in rows])  # [n, largest k]
+            return {f"top{k}": round(100 * float(hits[:, :k].any(axis=1).mean()), 4) for k in ks}
+
+    return TopK
 
 
 def accuracy(networks, loader, accelerator, limit=None):
@@ -131,7 +134,7 @@ def score(best, right):
     if not rows:
         return {"top1": float("nan"), "top5": float("nan"), "n": 0}
     predictions, references = zip(*rows, strict=True)
-    shares = TopK(keep_in_memory=True).compute(predictions=predictions, references=references)
+    shares = top_k()(keep_in_memory=True).compute(predictions=predictions, references=references)
     return {**shares, "n": len(rows)}
 
 

@@ -21,6 +21,9 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # the imports below take seconds
+    print(f"train.py {' '.join(sys.argv[1:])}: loading PyTorch and the recipe ...", file=sys.stderr)
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, ProjectConfiguration

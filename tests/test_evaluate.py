@@ -80,7 +80,7 @@ def test_table_aligns():
 SAME_NAME = """
 import importlib, log
 this = importlib.import_module("evaluate")
-package = this.hf_evaluate
+package = this.import_hf_evaluate()
 print(log.accuracy is this.accuracy, this.__file__, package.__file__, package.Metric.__name__)
 """
 
