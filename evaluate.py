@@ -154,7 +154,9 @@ def to_float(images, device):
 
 def table(rows):
     """Dictionaries with equal keys -> an aligned text table; floats with two decimals."""
-    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    cells = [
+        [f"{v:.2f}" if isinstance(v, float) else recipe.printable(v) for v in row.values()] for row in rows
+    ]
     lines = [list(rows[0]), *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     numeric = [all(isinstance(row[key], (int, float)) for row in rows) for key in rows[0]]
@@ -223,7 +225,7 @@ def main(arguments=None):
             details = dict(per_class=args.per_class, confusion=args.confusion)
             rows = evaluate(networks, accelerator, is_imagenet=bool(args.on), **loading, **details)
     except (recipe.RecipeError, sources.DataError, models.ModelError) as error:
-        accelerator.print(f"error: {error}", file=sys.stderr)
+        accelerator.print(f"error: {recipe.printable(error)}", file=sys.stderr)
         sys.exit(2)
     accelerator.print(json.dumps(rows, indent=2) if args.json else table(rows))
 

@@ -19,6 +19,7 @@ import torch
 import cifar_resnet
 import launch
 import models
+import recipe
 import rundir
 from evaluate import table
 from log import GRADIENTS, count_parameters
@@ -78,20 +79,29 @@ model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-Trained by `{command}`, commit {commit}, with {versions}.
+Trained with {versions}, commit {commit}, by
+
+    {command}
 """
+
+
+def plain(text):
+    """A name from others for Markdown: in one line, without characters that have a meaning there."""
+    return re.sub(r"([\\`*\[\]<>|#~$])", r"\\\1", recipe.printable(text))
 
 
 def write_cards(log, result):
     """Write students/NAME/README.md, the card that the hub shows, for every student and its average."""
     settings, names = log.settings, log.loader.split.names or []
     for student, scores in zip(log.students, result["students"], strict=True):
-        facts = {key: result[key] for key in ("epochs", "seed", "command", "commit")}
+        facts = {key: result[key] for key in ("epochs", "seed", "commit")}
+        facts["command"] = recipe.printable(result["command"])
         facts |= dict(model=student.settings.model, parameters=scores["parameters"], size=settings.data.size)
         facts |= dict(
-            classes=settings.data.classes, source=settings.data.source, split=settings.data.test_split
+            classes=settings.data.classes, source=plain(settings.data.source), split=settings.data.test_split
         )
-        facts["named"] = f" ({', '.join(names[:10])}{', ...' * (len(names) > 10)})" if names else ""
+        shown = ", ".join(map(plain, names[:10])) + ", ..." * (len(names) > 10)
+        facts["named"] = f" ({shown})" if names else ""
         facts["trial"] = f"; a trial of {result['steps']} steps" if result["limit"] else ""
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         facts["needs"] = "\nimport cifar_resnet  # of this project: timm does not have the network"
@@ -110,7 +120,7 @@ def _lesson(student, teacher):
         return f"Trained on labels alone, with {student.hard.loss}."
     return (
         f"Distilled with {student.soft.weight:g} {student.soft.loss} {student.soft.args} + "
-        f"{student.hard.weight:g} {student.hard.loss} from {teacher['name']} "
+        f"{student.hard.weight:g} {student.hard.loss} from {plain(teacher['name'])} "
         f"({teacher['parameters']:,} parameters, top-1 {teacher['top1']:.2f} %)."
     )
 

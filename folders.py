@@ -4,11 +4,13 @@
     photos/cat/1.jpg                               one split, train
 
 An image belongs to the folder directly below its split, however deep it lies: train/CLASS/images/1.jpg. Other
-folders (parquet, tar, zip, a table of labels beside the images) are left to `datasets`, which is slow here:
-it takes minutes for 60,000 files.
+folders (parquet or tar files, a table of metadata beside the images) are left to `datasets`, which is slow
+here: it takes minutes for 60,000 files.
 """
 
+import functools
 import os
+import sys
 
 import datasets
 import pyarrow as pa
@@ -18,7 +20,7 @@ from tqdm import tqdm
 # Names of the folders of splits -> names of splits, as `datasets` has them.
 SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
 SPLITS |= {"validation": "validation", "dev": "validation", "test": "test", "testing": "test", "eval": "test"}
-OTHERS = (".parquet", ".tar", ".zip", ".gz", ".tgz", ".arrow", ".jsonl", ".csv")  # not class folders
+TABLES = ("metadata.csv", "metadata.jsonl", ".parquet", ".arrow", ".tar")  # ends of names: no class folders
 
 
 class FolderError(ValueError):
@@ -29,27 +31,35 @@ def is_image(file):
     return os.path.splitext(file)[1].lower() in Image.registered_extensions()
 
 
+@functools.lru_cache(maxsize=4)  # the splits and the recipes of a run open the same folders
 def open_splits(root):
     """{split: (Dataset with columns image and label, its files, its classes)}, or None without class folders.
 
-    Classes are numbered in the order of their names, over all splits; an empty folder is none. Raises
-    FolderError.
+    Classes are numbered in the order of their names, over all splits. Folders are listed once in a process.
+    Raises FolderError.
     """
     root = os.fspath(root)
     folders, files = _entries(root)
-    if not folders or any(file.endswith(OTHERS) or is_image(file) for file in files):
+    if any(file.endswith(TABLES) for file in files):
         return None
+    _refuse_loose(root, files)
     places = {}
     for name in folders:
         split = SPLITS.get(name.lower())
         if split in places:
-            raise FolderError(f"{root}: {places[split]}/ and {name}/ are both the split {split}: join them")
+            raise FolderError(f"{places[split]}/ and {root}/{name}/ are both the split {split}: join them")
         if split:
-            places[split] = name
+            places[split] = os.path.join(root, name)
     if "train" not in places and len(places) < len(folders):
-        places = {"train": "."}  # the class folders themselves
-    listed = {split: _classes(os.path.join(root, place)) for split, place in places.items()}
-    if not all(listed.values()):
+        places = {"train": root}  # the class folders themselves
+    listed = {}
+    for split, place in places.items():
+        try:
+            listed[split] = _classes(place)
+        except FolderError:
+            if split != "test" or "validation" not in places:  # many data sets keep the labels of test/ back
+                raise
+    if not listed or not all(listed.values()):
         return None
     names = sorted({name for classes in listed.values() for name in classes})
     return {split: (*_table(classes, names), list(classes)) for split, classes in listed.items()}
@@ -68,19 +78,33 @@ def _entries(folder, follow=True):
 def _classes(split):
     """{class: its files} of the folder of a split; {} where it is no folder of class folders."""
     folders, files = _entries(split)
-    if any(file.endswith(OTHERS) for file in files):
+    if any(file.endswith(TABLES) for file in files):
         return {}
-    classes = {}
-    for name in tqdm(folders, f"listing {split}", unit="class", delay=2, leave=False):
-        if images := _images(os.path.join(split, name)):
-            classes[name] = images
-    loose = next((file for file in files if is_image(file)), None)
-    if loose or list(classes) == ["images"]:
+    _refuse_loose(split, files)
+    seconds = 0.2 if sys.stderr.isatty() else 10  # between two lines: a log file wants few
+    kind = dict(unit="class", delay=2, leave=False, mininterval=seconds)
+    bar = tqdm(folders, f"listing {split}", disable=os.environ.get("RANK", "0") != "0", **kind)
+    classes = {name: _images(os.path.join(split, name)) for name in bar}
+    filled = {name: images for name, images in classes.items() if images}
+    if list(filled) == ["images"]:  # Tiny-ImageNet's val/images/1.jpg
+        own = [os.path.relpath(file, split) for file in filled["images"]]
+        _refuse_loose(split, [file for file in own if file.count(os.sep) == 1])
+    if 1 < len(filled) < len(folders):
+        empty = [name for name in folders if name not in filled]
         raise FolderError(
-            f"{split}: its images do not lie in class folders, as {loose or 'images/'}: put each image into "
-            f"{split}/CLASS/ (an annotations file beside them is not read)"
+            f"{split}/{empty[0]}: no images in this class folder ({len(empty)} of {len(folders)} have none; "
+            "HEIC and SVG are not read): put images there or move the folder away"
         )
-    return classes
+    return filled
+
+
+def _refuse_loose(folder, files):
+    """FolderError for images beside class folders, or instead of them."""
+    if loose := next(filter(is_image, files), None):
+        raise FolderError(
+            f"{folder}: its images do not lie in class folders, as {loose}: put each into {folder}/CLASS/ or "
+            "move them away (an annotations file beside them is not read)"
+        )
 
 
 def _images(folder):

@@ -211,7 +211,7 @@ def load(path, overrides=()):
     for override in overrides:
         problem = _apply(tree, override)
         if problem:
-            errors.append(f"--set {_printable(override)}: {problem}")
+            errors.append(f"--set {printable(override)}: {problem}")
 
     for loc, node in _walk(tree):
         errors += [_at(loc, f"duplicate key {_show(key)}") for key in getattr(node, "repeated", ())]
@@ -220,7 +220,7 @@ def load(path, overrides=()):
     if not errors:
         errors = list(_contradictions(recipe))
     if errors:
-        raise RecipeError("\n".join(f"{_printable(path)}: {error}" for error in errors))
+        raise RecipeError("\n".join(f"{printable(path)}: {error}" for error in errors))
     return recipe
 
 
@@ -257,7 +257,7 @@ class _Object(dict):
 
 def read_json(path, max_bytes=MAX_BYTES):
     """The JSON in a file; RecipeError if it cannot be read, is too large, too deep or not strict JSON."""
-    path, name = Path(path), _printable(path)
+    path, name = Path(path), printable(path)
     try:
         if os.path.exists(path) and not path.is_file():  # a FIFO would be waited for
             raise RecipeError(f"{name}: not a file")
@@ -405,7 +405,7 @@ def _explain(fault):
 
 def _at(loc, message):
     """(("students", 0, "lr"), "x") -> "students[0].lr: x"."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in loc)
+    parts = (f"[{part}]" if isinstance(part, int) else f".{printable(part)}" for part in loc)
     return "".join(parts).removeprefix(".") + ": " * bool(loc) + message
 
 
@@ -414,9 +414,9 @@ def _show(value):
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _printable(text):
-    """A path or key for a message: control characters and half surrogate pairs are escaped."""
-    return str(text) if str(text).isprintable() else repr(str(text))
+def printable(text):
+    """A path, key or name of others for a terminal: control characters and half surrogate pairs escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 # ---------------------------------------------------------------- fields that contradict each other

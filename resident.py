@@ -74,7 +74,7 @@ def _decoded(split, data):
         height, width, _ = pixels.shape
         if (width, height) != (data.size, data.size):
             raise DataError(
-                f"{data.source}: image {index}: {width}x{height} pixels; data.resident needs "
+                f"{data.source}: {image.name}: {width}x{height} pixels; data.resident needs "
                 f"{data.size}x{data.size}: set data.resident to false, and data.crop to 'resized' for other "
                 "sizes"
             )

@@ -25,7 +25,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 import folders
-from recipe import nearest
+from recipe import nearest, printable
 
 DIGITS_TRAIN = 898  # of scikit-learn's 1,797 digits
 DIGITS_SHARDS = 8  # of the digits when they are streamed
@@ -79,12 +79,21 @@ def resolved(data):
     others = [name for name in ("validation", "test") if name in splits and name != train]
     test = data.test_split or (others or [HELD_OUT])[0]
     names = _class_names(getattr(splits.get(train), "features", None), data.label)
-    if not (data.classes or names):
-        raise DataError(
-            f"{data.source}: its classes have no names to count: set data.classes to their number"
-        )
-    classes = data.classes or len(names)
+    classes = data.classes or len(names or ())
+    if classes < 2:
+        raise DataError(f"{data.source}: {_too_few(data.source, names)}")
     return dataclasses.replace(data, train_split=str(train), test_split=str(test), classes=classes)
+
+
+def _too_few(source, names):
+    if not names:
+        return (
+            "no classes found: put each image into the folder of its class, CLASS/1.jpg; for a table with "
+            "classes as numbers, set data.classes to their number"
+        )
+    inner = os.path.join(source, names[0])
+    hint = f"; if its folders are the classes, give --data {inner}" if os.path.isdir(inner) else ""
+    return f"one class found, {names[0]!r}, expected two or more class folders{hint}"
 
 
 def open_split(data, name):
@@ -130,6 +139,13 @@ def _held_out(splits, data):
     if not isinstance(rows, datasets.Dataset):
         raise DataError(f"{data.source}: test images can be held out of a memory-mapped training split only")
     labels = rows.with_format("numpy", columns=[data.label])[:][data.label]
+    labels_seen, counts = np.unique(labels, return_counts=True)
+    if counts.min() < 2:
+        names, label = _class_names(rows.features, data.label), int(labels_seen[counts.argmin()])
+        raise DataError(
+            f"{data.source}: class {names[label] if names else label!r} has one image: no test image can be "
+            "held out of it; add images, or a folder val/ beside train/"
+        )
     held = share_of_each_class(labels, HELD_OUT_SHARE)
     rest = np.setdiff1d(np.arange(len(rows)), held)
     return {data.train_split: rows.select(rest), HELD_OUT: rows.select(held)}
@@ -149,6 +165,7 @@ def _splits(source, streaming):
     if not local and source.count("/") != 1:
         raise DataError(
             f"{source}: not a folder, not a data set's name on the hub ('owner/name'), not 'digits'"
+            f"{'; unpack it and give the folder' * os.path.isfile(source)}"
         )
     try:
         builder = datasets.load_dataset_builder(source)
@@ -159,10 +176,11 @@ def _splits(source, streaming):
         builder.download_and_prepare()
         return builder.as_dataset(), files, {}
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
-        hint = "; to work offline, download its parquet files and pass their folder with --data DIR"
-        raise DataError(
-            f"{source}: cannot be loaded as images: {error.__cause__ or error}{'' if local else hint}"
-        ) from error
+        hint = "to work offline, download its parquet files and pass their folder with --data DIR"
+        if local:
+            hint = "expected class folders, CLASS/1.jpg, or parquet files; archives must be unpacked"
+        reason = error.__cause__ or error
+        raise DataError(f"{source}: cannot be loaded as images: {reason}; {hint}") from error
     except ValueError as error:
         raise DataError(f"{source}: not a data set of images that `datasets` can read: {error}") from error
 
@@ -261,7 +279,7 @@ def encoded(row, index, data, split):
     """
     cell = _cell(row, data)
     path, label = cell["path"], row[data.label]
-    name = f"image {index} ({_printable(path or 'no file name')})"
+    name = f"image {index} ({printable(path or 'no file name')})"
     labels = range(data.classes if split.ids is None else len(split.ids))
     if not isinstance(label, int) or label not in labels:
         raise DataError(f"{name}: label {label!r} is not in 0..{len(labels) - 1}")
@@ -349,11 +367,6 @@ def rows_of(columns):
     """{column: values} -> {column: value} for each row."""
     for values in zip(*columns.values(), strict=True):
         yield dict(zip(columns, values, strict=True))
-
-
-def _printable(text):
-    """Text without control characters: file names come from others, and end in terminals and logs."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------- classes

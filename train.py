@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -380,8 +381,16 @@ def refuse_other_teacher(folder, wanted, path):
         lines = "\n  ".join(changes)
         raise recipe.RecipeError(
             f"{folder}: this teacher was trained with other settings than {path} has now:\n  {lines}\n"
-            f"Choose another --out, beside which a teacher is trained anew, or remove {folder}"
+            f"Choose another --out, beside which a teacher is trained anew, or remove {folder}; or, where it "
+            f"is the teacher that you want: {as_checkpoint(folder, trained.students[0])}"
         )
+
+
+def as_checkpoint(folder, student):
+    """The option that makes a trained network a recipe's teacher, whatever trained it."""
+    weights = folder / "students" / student.name / "model.safetensors"
+    values = dict(recipe=None, model=student.model, model_args=student.model_args, checkpoint=str(weights))
+    return shlex.join(["--set", *(f"teacher.{key}={json.dumps(value)}" for key, value in values.items())])
 
 
 def finished(folder, limit):
@@ -452,7 +461,9 @@ def main(arguments=None):
 
 
 def _exit(error, code):
-    print(f"\nerror: {error}\n", file=sys.stderr)  # `accelerate launch` prints a traceback of its own below
+    lines = map(recipe.printable, str(error).split("\n"))  # file names come from others
+    text = "\n".join(lines)
+    print(f"\nerror: {text}\n", file=sys.stderr)  # `accelerate launch` prints a traceback of its own below
     sys.exit(code)
 
 

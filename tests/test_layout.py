@@ -30,7 +30,7 @@ distill: losses recipe models optim launch timm torch
 checkpoint: recipe models class_names launch rundir accelerate deepspeed pydantic safetensors timm
     torch typing_extensions
 log: sources launch rundir evaluate distill numpy pandas timm torch
-finish: cifar_resnet models launch rundir evaluate log accelerate datasets numpy timm torch
+finish: recipe cifar_resnet models launch rundir evaluate log accelerate datasets numpy timm torch
 train: recipe sources augment workers data models class_names optim launch rundir evaluate distill
     checkpoint log finish accelerate torch tqdm
 """

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 
 import datasets
@@ -215,6 +216,9 @@ def test_a_teacher_given_as_a_recipe_is_trained_first_and_once(tmp_path, capsys)
     code, message = stopped(capsys, path, runs / "third", "--set", "runs=1")
     assert code == 2 and f"{runs / 't'}: this teacher was trained with other settings than" in message
     assert "epochs: 3 -> 9" in message and not (runs / "third").exists()
+    advice = shlex.split(message.partition("that you want: ")[2])
+    train.main([str(path), "--out", str(runs / "third"), "--dry-run", *advice])
+    assert "  teacher: cifar_resnet8, " in capsys.readouterr().out
 
 
 def test_a_teacher_of_other_data_is_refused(tmp_path, capsys):
