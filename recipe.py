@@ -264,7 +264,9 @@ def read_json(path, max_bytes=MAX_BYTES):
         with open(path, "rb") as file:
             raw = file.read(max_bytes + 1)
     except OSError as error:
+        beside = Path(__file__).parent / "recipes" / path.name
         hint = nearest(path.name, [other.name for other in path.parent.glob("*.json")])
+        hint = f", did you mean {os.path.relpath(beside)}?" if os.path.isfile(beside) else hint
         raise RecipeError(f"{name}: cannot be read: {error.strerror}{hint}") from None
     except ValueError as error:  # a NUL or half a surrogate pair in the path
         raise RecipeError(f"{name}: cannot be read: {error}") from None

@@ -76,9 +76,10 @@ def resolved(data):
         return data
     splits, _, _ = _splits(data.source, data.streaming)
     train = data.train_split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
+    _check_split(data.source, train, splits)
     others = [name for name in ("validation", "test") if name in splits and name != train]
     test = data.test_split or (others or [HELD_OUT])[0]
-    names = _class_names(getattr(splits.get(train), "features", None), data.label)
+    names = _class_names(splits[train].features, data.label)
     classes = data.classes or len(names or ())
     if classes < 2:
         raise DataError(f"{data.source}: {_too_few(data.source, names)}")
@@ -110,9 +111,7 @@ def open_split(data, name):
     if data.test_split == HELD_OUT and name in (HELD_OUT, data.train_split):
         splits |= _held_out(splits, data)
         files = {HELD_OUT: files.get(data.train_split, [])} | files
-    if name not in splits:
-        known = ", ".join(splits)
-        raise DataError(f"{source}: no split {name!r}{nearest(name, splits)} (splits: {known})")
+    _check_split(source, name, splits)
     rows = splits[name]
     for column in (data.image, data.label):
         if rows.column_names and column not in rows.column_names:
@@ -131,6 +130,12 @@ def open_split(data, name):
     rows = rows.cast_column(data.image, datasets.Image(decode=False))
     listed = files.get(name, [])
     return Split(rows, ids, names, listed, files, classes, _openable(listed))
+
+
+def _check_split(source, name, splits):
+    if name not in splits:
+        known = ", ".join(map(str, splits))
+        raise DataError(f"{source}: no split {name!r}{nearest(name, splits)} (splits: {known})")
 
 
 def _held_out(splits, data):
@@ -165,7 +170,7 @@ def _splits(source, streaming):
     if not local and source.count("/") != 1:
         raise DataError(
             f"{source}: not a folder, not a data set's name on the hub ('owner/name'), not 'digits'"
-            f"{'; unpack it and give the folder' * os.path.isfile(source)}"
+            f"{'; an archive must be unpacked' * os.path.isfile(source)}"
         )
     try:
         builder = datasets.load_dataset_builder(source)

@@ -379,18 +379,18 @@ def refuse_other_teacher(folder, wanted, path):
         changes.append(f"data.source: {json.dumps(before)} -> {json.dumps(now)}")
     if changes:
         lines = "\n  ".join(changes)
+        advice = f"Choose another --out, beside which a teacher is trained anew, or remove {folder}"
+        student = trained.students[0]
+        weights = folder / "students" / student.name / "model.safetensors"
+        if weights.is_file() and trained.data.classes == wanted.data.classes:
+            values = {"recipe": None, "model": student.model, "model_args": student.model_args}
+            values = {**values, "checkpoint": str(weights)}.items()
+            option = shlex.join(["--set", *(f"teacher.{key}={json.dumps(value)}" for key, value in values)])
+            advice += f"; or, where it is the teacher that you want: {option}"
         raise recipe.RecipeError(
             f"{folder}: this teacher was trained with other settings than {path} has now:\n  {lines}\n"
-            f"Choose another --out, beside which a teacher is trained anew, or remove {folder}; or, where it "
-            f"is the teacher that you want: {as_checkpoint(folder, trained.students[0])}"
+            + advice
         )
-
-
-def as_checkpoint(folder, student):
-    """The option that makes a trained network a recipe's teacher, whatever trained it."""
-    weights = folder / "students" / student.name / "model.safetensors"
-    values = dict(recipe=None, model=student.model, model_args=student.model_args, checkpoint=str(weights))
-    return shlex.join(["--set", *(f"teacher.{key}={json.dumps(value)}" for key, value in values.items())])
 
 
 def finished(folder, limit):

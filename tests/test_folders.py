@@ -107,7 +107,7 @@ def test_too_few_classes_or_images_are_told(tmp_path):
     with pytest.raises(sources.DataError, match="class 'cat' has one image: no test image can be held out"):
         sources.open_split(found, "train")
     (tmp_path / "p.zip").touch()
-    with pytest.raises(sources.DataError, match="not 'digits'; unpack it and give the folder"):
+    with pytest.raises(sources.DataError, match="not 'digits'; an archive must be unpacked"):
         sources.resolved(section(tmp_path / "p.zip"))
 
 
@@ -137,8 +137,7 @@ def test_a_source_with_a_test_split_alone_is_not_tested_on_what_it_trains_on(tmp
     shutil.copytree(source / "test", source / "val")
     folders.open_splits.cache_clear()  # it lists a folder once in a process
     with pytest.raises(sources.DataError, match="no split 'train'"):
-        found = sources.resolved(section(source, data__classes=2))
-        sources.open_split(found, found.train_split)
+        sources.resolved(section(source, data__classes=2))
 
 
 def test_two_folders_of_one_split_are_told(tmp_path):

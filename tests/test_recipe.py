@@ -261,6 +261,8 @@ def test_missing_file_names_the_nearest():
         match=r"quickstrat.json: cannot be read: No such file.*did you mean 'quickstart.json'",
     ):
         recipe.load(ROOT / "recipes" / "quickstrat.json")
+    with pytest.raises(recipe.RecipeError, match=r"No such file .*, did you mean .*recipes/quickstart"):
+        recipe.load("quickstart.json")
 
 
 def test_overrides_go_through_the_same_checks(tmp_path):

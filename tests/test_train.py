@@ -301,6 +301,8 @@ def test_a_teacher_recipe_must_fit(tmp_path, capsys):
     assert "has 11 classes, this recipe 10" in stopped(capsys, path, out)[1]
     write(tmp_path / "t.json", students__0__optimizer="lamp")
     assert "student 'alone': " in stopped(capsys, path, out)[1]
+    said = stopped(capsys, write(tmp_path / "r.json"), out, "--data", "/no\x1b[31m")[1]
+    assert r"error: /no\x1b[31m: not a folder" in said
     assert not out.exists() and not (tmp_path / "t").exists()
 
 
@@ -312,7 +314,7 @@ def test_own_images_in_one_command(tmp_path, capsys, monkeypatch):
     timm.
     """
     monkeypatch.chdir(tmp_path)
-    photos(tmp_path / "all", ["cat", "dog", "emu"], 20)
+    photos(tmp_path / "all", ["cat", dog := "d|o`g\x1b\n", "emu"], 20)
     (tmp_path / "all" / "train").rename("photos")
     path = ROOT / "recipes" / "own_images_small.json"
     result = run(path, tmp_path / "runs" / "small", "--data", "photos", "--limit", 2)
@@ -325,7 +327,12 @@ def test_own_images_in_one_command(tmp_path, capsys, monkeypatch):
     assert result["recipe"]["data"]["classes"] == 3 and result["recipe"]["data"]["test_split"] == "held out"
     kd = tmp_path / "runs" / "small" / "students" / "kd"
     card = (kd / "README.md").read_text()
-    assert "cifar_resnet8, 77,587 parameters, for images of 64 pixels and 3 classes (cat, dog, emu)" in card
+    assert (
+        "cifar_resnet8, 77,587 parameters, for images of 64 pixels and 3 classes (cat, {}, emu)".format(
+            r"d\|o\`g\\x1b\\n"
+        )
+        in card
+    )
     assert "Distilled with 1 kd {'temperature': 1.0} + 1 cross_entropy from" in card
     assert "import cifar_resnet" in card
     assert "Trained on labels alone" in (kd.parent / "alone" / "README.md").read_text()
@@ -334,7 +341,7 @@ def test_own_images_in_one_command(tmp_path, capsys, monkeypatch):
     assert [(row["split"], row["n"]) for row in scores] == [("held out", 6)] * 2
     assert [row["top1"] for row in scores] == [student["last"]["top1"] for student in result["students"]]
     net = timm.create_model(f"local-dir:{kd}", pretrained=True)
-    assert list(net.pretrained_cfg["label_names"]) == ["cat", "dog", "emu"]
+    assert list(net.pretrained_cfg["label_names"]) == ["cat", dog, "emu"]
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path, capsys):
