@@ -327,12 +327,8 @@ def test_own_images_in_one_command(tmp_path, capsys, monkeypatch):
     assert result["recipe"]["data"]["classes"] == 3 and result["recipe"]["data"]["test_split"] == "held out"
     kd = tmp_path / "runs" / "small" / "students" / "kd"
     card = (kd / "README.md").read_text()
-    assert (
-        "cifar_resnet8, 77,587 parameters, for images of 64 pixels and 3 classes (cat, {}, emu)".format(
-            r"d\|o\`g\\x1b\\n"
-        )
-        in card
-    )
+    assert "cifar_resnet8, 77,587 parameters, for images of 64 pixels and 3 classes (cat, d" in card
+    assert r"(cat, d\|o\`g\\x1b\\n, emu)" in card and "\x1b" not in card
     assert "Distilled with 1 kd {'temperature': 1.0} + 1 cross_entropy from" in card
     assert "import cifar_resnet" in card
     assert "Trained on labels alone" in (kd.parent / "alone" / "README.md").read_text()

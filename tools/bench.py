@@ -3,15 +3,16 @@
     python tools/bench.py input      # images per second: timm's loader, our pipelines; CIFAR by PIL, resident
     python tools/bench.py step       # a training step: mdistiller's, vanillaKD's and timm's loop, ours
     python tools/bench.py losses     # losses and their definitions: time, peak memory
-    python tools/bench.py startup    # from the command to the first step; imports
+    python tools/bench.py startup    # imports; a dry run of the quickstart
+    python tools/bench.py folders    # listing class folders of images
     python tools/bench.py overhead   # what our loop adds to a plain one, with next to no arithmetic
         [--rounds 5] [--threads 1] [--device cuda] [--data DIR] [--json results/bench.json]
     python tools/bench.py table [FILE.json ...] [--write docs/speed.md]    # what --json wrote, as Markdown
 
 Every way has a process of its own, and the ways take turns of about a second. Times are medians over the
 rounds; a ratio is the median of the ratios to the first way within a round, so that other work on the
-machine affects all ways. On a CPU the time is the CPU time of the process, on a GPU and for `startup` that of
-the wall clock. Memory is the peak during one call above what is there before it, in a fresh process: of the
+machine affects all ways. On a CPU the time is the CPU time of the process, on a GPU that of the wall clock.
+Memory is the peak during one call above what is there before it, in a fresh process: of the
 process on a CPU, of PyTorch's allocator on a GPU. Not tested on a GPU: there was none.
 """
 
@@ -26,8 +27,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,13 +42,15 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness import Comparison, compare, rows_of, table, write_table
+from harness import Comparison, measure, table, write_table
 
 import augment
 import data
 import distill
+import folders
 import launch
 import losses
 import models
@@ -57,7 +58,6 @@ import recipe
 import sources
 import train
 from evaluate import to_float
-from finish import environment
 from log import Log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,9 +212,8 @@ def compare_loops(args, pair, settings, plain, timms=None):
     if not args.small:  # compiling takes a minute or two
         compiled = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR")
         ways["ours, compiled"] = lambda: our_loop(settings, **compiled)
-        ways["ours, compiled, bf16"] = lambda: our_loop(
-            settings, ACCELERATE_MIXED_PRECISION="bf16", **compiled
-        )
+        half = dict(compiled, ACCELERATE_MIXED_PRECISION="bf16")
+        ways["ours, compiled, bf16"] = lambda: our_loop(settings, **half)
     return Comparison("a step, {} to {}, {} images of {} pixels".format(*pair), ways)
 
 
@@ -346,9 +345,8 @@ def compare_losses(args):
     crds = {"its definition": lambda: DefinedCRD(images, few, width, negatives), "ours": crd}
     on_logits = {name: functools.partial(losses.LOSSES.get, name) for name in ("kd", "dkd", "dist", "bkl")}
     yield compare_losses_on(args, "rkd", rkds, batch, width, batch)
-    yield compare_losses_on(
-        args, f"crd, {images:,} images, {negatives:,} negatives", crds, few, width, images
-    )
+    title = f"crd, {images:,} images, {negatives:,} negatives"
+    yield compare_losses_on(args, title, crds, few, width, images)
     yield compare_losses_on(args, "losses on logits", on_logits, batch, classes, classes)
 
 
@@ -427,56 +425,39 @@ class DefinedCRD(nn.Module):
 
 def compare_startup(args):
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    imports = ["import torch, timm, accelerate, datasets", "import train"]
+    commands = ["-c 'import torch, timm, accelerate, datasets'", "-c 'import train'"]
+    commands += ["train.py recipes/quickstart.json --dry-run"]
     if args.small:
-        imports = ["import json"]
-    ways = {line: functools.partial(python, line) for line in imports}
-    ways["train.py, to the first step"] = lambda: first_step
-    yield Comparison("start-up", ways, wall=True)
+        commands = ["-c 'import json'", "-c 'import csv'"]
+    yield Comparison("start-up", {command: functools.partial(python, command) for command in commands})
 
 
-def python(code):
+def python(command):
     def call():
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, check=True, capture_output=True)
 
     return call
 
 
-def first_step():
-    """Run train.py from its start to the row of its first step, on the teacher of the quickstart."""
-    command = "train.py recipes/quickstart_teacher.json --workers 0 --set log_every=1 --out"
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        rows = out / "metrics.jsonl"
-        arguments = [sys.executable, *command.split(), str(out)]
-        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (rows.exists() and rows.stat().st_size):
-            if process.poll() is not None:
-                raise RuntimeError(f"{shlex.join(arguments)} ended before its first row")
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
+# ---------------------------------------------------------------- class folders
 
 
-# ---------------------------------------------------------------- results
+def compare_folders(args):
+    """Of empty files: nothing is decoded."""
+    classes, images = (3, 4) if args.small else (1000, 60)
+    root, count = args.folder / "photos", classes * images
+    for i in range(count):
+        file = root / "train" / f"{i % classes:04}" / f"{i}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
 
+    def ours():
+        folders.open_splits.__wrapped__(root)  # not from its cache
+        return count
 
-def measure(args):
-    """What the comparisons of a section gave, with command, commit, versions and hardware."""
-    torch.set_num_threads(1)  # a process that has started OpenMP's threads must not fork
-    datasets.disable_progress_bars()
-    if args.device == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    comparisons = []
-    with tempfile.TemporaryDirectory() as folder:
-        args.folder = Path(folder)
-        for comparison in SECTIONS[args.section](args):
-            comparisons.append(compare(comparison, args))
-            print(*rows_of(comparisons[-1]), sep="\n", flush=True)
-    about = environment(launch.make_accelerator())
-    about |= {"command": shlex.join(["tools/bench.py", *sys.argv[1:]])}
-    about |= {"device": args.device, "threads": args.threads, "rounds": args.rounds}
-    return about | {"comparisons": comparisons}
+    ways = {"torchvision's ImageFolder": lambda: lambda: len(ImageFolder(root / "train"))}
+    ways["ours"] = lambda: ours
+    yield Comparison(f"listing {count:,} files in {classes} class folders", ways)
 
 
 # ---------------------------------------------------------------- command line
@@ -487,6 +468,7 @@ SECTIONS = {
     "losses": compare_losses,
     "startup": compare_startup,
     "overhead": compare_overhead,
+    "folders": compare_folders,
 }
 
 
@@ -508,7 +490,7 @@ def main(arguments=None):
     if args.section == "table":
         text = table(args.files or [ROOT / "results" / "bench.json"])
         return write_table(args.write, text) if args.write else print(text)
-    result = measure(args)
+    result = measure(SECTIONS[args.section], args)
     if args.json:
         known = json.loads(args.json.read_text()) if args.json.exists() else {}
         args.json.write_text(json.dumps(known | {args.section: result}, indent=2) + "\n")

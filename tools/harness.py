@@ -11,13 +11,21 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import re
 import resource
+import shlex
 import statistics
+import sys
+import tempfile
 import time
 from pathlib import Path
 
+import datasets
 import torch
+
+import launch
+from finish import environment
 
 TURN = 1.0  # seconds; a way repeats its call for about as long before the next way's turn
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
@@ -30,12 +38,11 @@ class Comparison:
     """Ways to do the same work, {name: function without arguments}.
 
     The function is called in the process of its way and returns the call to measure, which returns how many
-    images it went through, or None. wall: time by the wall clock on a CPU too; memory: measure the peak too.
+    images it went through, or None. memory: measure the peak too.
     """
 
     title: str
     ways: dict
-    wall: bool = False
     memory: bool = False
 
 
@@ -44,10 +51,28 @@ def compare(comparison, args):
     ways = comparison.ways.items()
     peaks = {name: start(name, make, args, memory=True)() for name, make in ways if comparison.memory}
     turns = {name: start(name, make, args) for name, make in ways}
-    clock = "wall" if comparison.wall or args.device != "cpu" else "cpu"
+    clock = "cpu" if args.device == "cpu" else "wall"
     rounds = [{name: turn() for name, turn in turns.items()} for _ in range(args.rounds)]
     rows = [row_of(name, rounds, clock) | {"peak_mb": peaks.get(name)} for name in turns]
     return {"title": comparison.title, "clock": clock, "rows": rows}
+
+
+def measure(section, args):
+    """What the comparisons of a section gave, with command, commit, versions and hardware."""
+    torch.set_num_threads(1)  # a process that has started OpenMP's threads must not fork
+    datasets.disable_progress_bars()
+    if args.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    comparisons = []
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = Path(folder)
+        for comparison in section(args):
+            comparisons.append(compare(comparison, args))
+            print(*rows_of(comparisons[-1]), sep="\n", flush=True)
+    about = environment(launch.make_accelerator())
+    about |= {"command": shlex.join(["tools/bench.py", *sys.argv[1:]])}
+    about |= {"device": args.device, "threads": args.threads, "rounds": args.rounds}
+    return about | {"comparisons": comparisons}
 
 
 def row_of(name, rounds, clock):
