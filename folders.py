@@ -28,7 +28,7 @@ class FolderError(ValueError):
 
 
 def is_image(file):
-    return os.path.splitext(file)[1].lower() in Image.registered_extensions()
+    return file[file.rfind(".") :].lower() in Image.registered_extensions()  # splitext is slow
 
 
 @functools.lru_cache(maxsize=4)  # the splits and the recipes of a run open the same folders
