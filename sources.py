@@ -167,7 +167,7 @@ def _splits(source, streaming):
     local = os.path.isdir(source)  # False, unlike pathlib's, for a name that is too long
     if local and (opened := _class_folders(source)):
         return opened
-    if not local and source.count("/") != 1:
+    if not local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):  # neither /photos nor ./photos
         raise DataError(
             f"{source}: not a folder, not a data set's name on the hub ('owner/name'), not 'digits'"
             f"{'; an archive must be unpacked' * os.path.isfile(source)}"
