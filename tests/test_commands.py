@@ -52,16 +52,27 @@ def test_the_quickstart(tmp_path):
 
 def test_the_readmes_table_is_that_of_the_kept_result():
     _, *runs = json.loads((ROOT / "results" / "quickstart.json").read_text())["runs"]
-    rows = re.findall(r"^\| (.+) \| ([\d,]+) \| ([\d.]+) \| (.+) \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| (.+) \| ([\d,]+) \| ([\d.]+.*) \| (.*)\|$", README, re.MULTILINE)
     names = {"student, labels alone": "alone", "student, `kd`": "kd", "student, `dist`": "dist"}
-    shown = {names.get(name, name): values for name, *values in rows}
-    teacher = runs[0]["teacher"]
-    assert shown.pop("teacher") == [f"{teacher['parameters']:,}", f"{teacher['top1']:.2f}", "one network"]
-    for i, student in enumerate(runs[0]["students"]):
-        top1 = [run["students"][i]["last"]["top1"] for run in runs]
-        numbers = [f"{np.mean(top1):.2f}", f"± {np.std(top1, ddof=1):.2f}"]
-        assert shown.pop(student["name"]) == [f"{student['parameters']:,}", *numbers]
-    assert not shown and len(runs) == json.loads((ROOT / "recipes" / "quickstart.json").read_text())["runs"]
+    shown = {names.get(name, name): [value.strip() for value in values] for name, *values in rows}
+    teacher, students = runs[0]["teacher"], runs[0]["students"]
+    assert shown.pop("teacher") == [f"{teacher['parameters']:,}", f"{teacher['top1']:.2f} (one network)", ""]
+    top1 = np.array([[student["last"]["top1"] for student in run["students"]] for run in runs])
+    gain = top1 - top1[:, :1]
+    for i, student in enumerate(students):
+        accuracy = f"{top1[:, i].mean():.2f} ± {top1[:, i].std(ddof=1):.2f}"
+        more = f"{gain[:, i].mean():+.2f} ± {gain[:, i].std(ddof=1):.2f}" if i else ""
+        assert shown.pop(student["name"]) == [f"{student['parameters']:,}", accuracy, more]
+    settings = json.loads((ROOT / "recipes" / "quickstart.json").read_text())
+    assert (
+        not shown
+        and len(runs) == settings["runs"]
+        and settings["students"]
+        == [
+            {key: student[key] for key in wanted}
+            for student, wanted in zip(runs[0]["recipe"]["students"], settings["students"], strict=True)
+        ]
+    )
 
 
 def test_the_documented_test_command():

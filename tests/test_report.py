@@ -313,9 +313,9 @@ def test_the_picture_of_accuracies(report, tmp_path, capsys):
     out = tmp_path / "curves.svg"
     report.main(["curves", str(tmp_path / "runs.json"), "--out", str(out)])
     image = ElementTree.parse(out)
-    assert {"kd", "dist", "teacher", "epoch"} <= set(texts(image)) and "scratch" not in texts(image)
-    title = "top-1, %: mean and standard deviation, 2 seeds"
-    assert title in texts(image) and image.find(f"{SVG}title").text == title
+    label = "epoch (mean and standard deviation of 2 seeds)"
+    assert {"kd", "dist", "teacher", "top-1, %", label} <= set(texts(image)) and "scratch" not in texts(image)
+    assert image.find(f"{SVG}title").text == f"top-1, %, by {label}"
     first = out.read_text()
     report.main(["curves", str(tmp_path / "runs.json"), "--out", str(out)])
     assert out.read_text() == first  # the same picture is the same file

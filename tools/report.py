@@ -462,12 +462,12 @@ def write_curves(results, args):
         raise recipe.RecipeError("no run has accuracies of several epochs: set evaluate_every of its recipe")
     teachers = {record["teacher"]["top1"] for record in taught}
     seeds = max(map(len, curves.values()))
-    title = "top-1, %" + f": mean and standard deviation, {seeds} seeds" * (seeds > 1)
+    label = "epoch" + f" (mean and standard deviation of {seeds} seeds)" * (seeds > 1)
     teacher = teachers.pop() if len(teachers) == 1 else None
     every = itertools.chain.from_iterable(curves.values())
     lowest = min(top1 for curve in every for _, top1 in curve[len(curve) // 2 :])
-    figure = figures.chart(title, curves, "epoch", (7, 3.2), teacher, bottom=lowest - 1)
-    args.out.write_text(figures.svg(figure, title), encoding="utf-8")
+    figure = figures.chart("top-1, %", curves, label, (7, 3.2), teacher, bottom=lowest - 1)
+    args.out.write_text(figures.svg(figure, f"top-1, %, by {label}"), encoding="utf-8")
 
 
 COMMANDS = {
