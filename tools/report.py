@@ -389,6 +389,7 @@ dt{color:#5b6470}dd{margin:0}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1.2rem}
 figure{margin:0;break-inside:avoid}figure img{display:block;width:100%;height:auto}
 .wide{overflow-x:auto}.wide img{min-width:44rem}
+@media (max-width:30rem){th,td{padding:.25rem}td:first-child{min-width:6.5rem}}
 @media print{
 @page{margin:14mm}
 body{font-size:10pt;max-width:none;padding:0}nav{display:none}.box,.wide{overflow:visible}
