@@ -34,10 +34,15 @@ def metrics(out):
 def test_metrics_and_tensorboard_say_the_same(tmp_path, teacher_file, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from torch.utils.tensorboard import SummaryWriter
 
     path, out, bar = write(tmp_path / "r.json", **distilled(teacher_file)), tmp_path / "out", []
     monkeypatch.setattr(train.tqdm, "set_postfix", lambda _, shown: bar.append(shown))
     run_until(10, path, out)
+    (first,) = (out / "kd").glob("events.*")
+    with SummaryWriter(tmp_path / "stray") as writer:  # as if the run had been killed after its checkpoint
+        writer.add_scalar("train/loss", 99.0, 13)
+    next((tmp_path / "stray").iterdir()).rename(f"{first}.after")
     run(path, out, "--resume")
     written = metrics(out)
     losses = [row for row in written if "loss/kd" in row]
