@@ -37,7 +37,7 @@ class StudentState(TypedDict):
     skipped: recipe.Whole
     skipped_in_a_row: NotRequired[recipe.Whole]  # once called barren
     barren: NotRequired[recipe.Whole]
-    last: rundir.Scores | None
+    last: rundir.Scores | rundir.Precision | None
     best: rundir.Scores | None
 
 
@@ -294,7 +294,7 @@ def restore_student(folder, student, state, device):
     if state["scaler"]:
         student.accelerator.scaler.load_state_dict(state["scaler"])
     student.sums = torch.tensor(state["sums"], device=device)
-    if student.sums.ndim and len(student.sums) != (3 if student.distilled.soft is None else 4):
+    if student.sums.ndim and len(student.sums) != len(student.distilled.terms) + 1:
         raise ValueError(f"{len(student.sums)} sums")
     state.setdefault("skipped_in_a_row", state.get("barren"))  # its name before
     for key in COUNTERS:

@@ -47,6 +47,11 @@ class Distilled(nn.Module):
         self.net, self.hard, self.soft, self.hard_weight = net, hard, soft, hard_weight
         self.taps, self.preactivation = taps, preactivation
 
+    @property
+    def terms(self):
+        """Names of the scalars that `forward` returns."""
+        return TERMS[:2] if self.soft is None else TERMS
+
     def no_weight_decay(self):
         """Names that timm's optimizers leave without decay: position embeddings and class tokens."""
         return {f"net.model.{name}" for name in getattr(self.net.model, "no_weight_decay", set)()}
@@ -170,7 +175,7 @@ class Student:
     module: nn.Module  # a prepared Distilled
     optimizer: torch.optim.Optimizer  # prepared
     ema: ModelEmaV3 | None
-    # Loss terms, vectors of TERMS and a 1, stay on the device until a log row: reading would stop the device.
+    # Vectors of the module's loss terms and a 1 stay on the device until a log row: reading would stop it.
     parts: list = dataclasses.field(default_factory=list)  # of the batches of this step
     last_part: torch.Tensor | None = None
     latest: tuple | None = None  # arguments of `gradient_norms` for the newest batch
@@ -224,8 +229,8 @@ class Student:
         *sums, batches = self.accelerator.reduce(self.sums.clone(), "mean").tolist()
         self.sums = 0.0
         taken = round(batches) // accumulate
-        means = {name: total / batches for name, total in zip(TERMS, sums, strict=False)} if taken else {}
-        return means, steps - taken
+        named = zip(self.distilled.terms, sums, strict=True)
+        return {name: total / batches for name, total in named} if taken else {}, steps - taken
 
     def check_finite(self, skipped, steps, step, stop):
         """Count the steps that were `skipped` among the last `steps`; NotFinite where there are too many.
@@ -258,7 +263,7 @@ class Student:
 
         {} for a student without a distillation loss on logits. The mean over processes, each with its batch.
         """
-        if self.distilled.soft is None or self.distilled.taps:
+        if self.latest is None or self.latest[0] is None:
             return {}
         norms = self.distilled.gradient_norms(*self.latest)
         norms = [self.accelerator.reduce(norm, "mean").item() for norm in norms]
@@ -272,7 +277,8 @@ class NotFinite(launch.TrainingError):
     """Too many gradients of a student were not finite. `facts` is what a dump should tell."""
 
     def __init__(self, student, step):
-        terms = {term: str(value) for term, value in zip(TERMS, student.last_part.tolist(), strict=False)}
+        values = zip(student.distilled.terms, student.last_part.tolist(), strict=False)
+        terms = {term: str(value) for term, value in values}
         super().__init__(
             f"student {student.name!r}: the gradient is not finite at step {step}, loss {terms['loss']}; "
             f"{student.skipped} steps were skipped"

@@ -71,10 +71,12 @@ class Clock:
 class Log:
     """The rows of one run, in metrics.jsonl and on TensorBoard.
 
-    stop: the step at which the run ends; limit: batches of an evaluation, for a trial.
+    stop: the step at which the run ends; limit: batches of an evaluation, for a trial; board: what
+    TensorBoard shows of a student.
     """
 
-    def __init__(self, folder, settings, lead, students, loader, test_loader, stop, limit=None):
+    def __init__(self, folder, settings, lead, students, loader, test_loader, stop, limit=None, board=BOARD):
+        self.board = board
         self.folder, self.settings, self.lead, self.students = folder, settings, lead, students
         self.loader, self.test_loader, self.stop, self.limit = loader, test_loader, stop, limit
         self.steps_per_epoch = loader.steps_per_epoch
@@ -113,7 +115,8 @@ class Log:
     def losses_of(self, student, terms, step):
         """The part of a row that belongs to one student."""
         values = dict(terms)
-        values["lr"] = student.optimizer.param_groups[0]["lr"]
+        group = student.optimizer.param_groups[0]
+        values["lr"] = group["lr"] / group.get("lr_scale", 1.0)
         if student.skipped:  # float16's overflows are expected, other gradients that are not finite are not
             values["overflows" if student.accelerator.scaler else "skipped"] = student.skipped
         # not in the last row, which a resumed run may write without a step
@@ -182,7 +185,7 @@ class Log:
             # On the board every student is a run, so that one chart compares them.
             self.lead.log({RUN_BOARD[key]: row[key] for key in row if key in RUN_BOARD}, step=step)
             for student in self.students:
-                names = {f"{part}/{m}": f"{m}/{student.name}" for part, ms in BOARD.items() for m in ms}
+                names = {f"{part}/{m}": f"{m}/{student.name}" for part, ms in self.board.items() for m in ms}
                 values = {name: row[key] for name, key in names.items() if row.get(key) is not None}
                 student.accelerator.log(values, step=step)
         except OSError as error:

@@ -16,12 +16,15 @@ FUSED = {"sgd", "momentum", "adam", "adamw"}  # timm's names of the optimizers t
 def lr_at(step, steps_per_epoch, epochs, schedule, lr):
     """Learning rate of optimizer step `step`, counted from 0.
 
-    `schedule` is a recipe.Milestones or recipe.Cosine; `lr` the peak. The cosine with per="epoch" equals
-    timm's CosineLRScheduler stepped once an epoch.
+    `schedule` is a recipe.Milestones, WarmMilestones or Cosine; `lr` the peak. The cosine with per="epoch"
+    equals timm's CosineLRScheduler stepped once an epoch.
     """
     epoch = step // steps_per_epoch
-    if schedule.kind == "milestones":
-        return lr * schedule.factor ** sum(m <= epoch for m in schedule.milestones)
+    if schedule.kind != "cosine":
+        lr *= schedule.factor ** sum(m <= epoch for m in schedule.milestones)
+        if schedule.kind == "warm_milestones" and step < schedule.warmup_steps:
+            lr *= 1 - (1 - step / schedule.warmup_steps) * (1 - schedule.warmup_factor)
+        return lr
 
     t = epoch if schedule.per == "epoch" else step / steps_per_epoch
     if t < schedule.warmup_epochs:

@@ -10,10 +10,12 @@ what was given. The names of models, optimizers and losses are checked by train.
 import collections
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
 import re
+import typing
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -64,6 +66,15 @@ class Milestones:
     kind: Literal["milestones"]
     milestones: NonEmpty[Count]
     factor: Share
+
+
+@section
+class WarmMilestones(Milestones):
+    """Milestones, and over the first steps a linear warm-up from lr * warmup_factor: mmdetection's "step"."""
+
+    kind: Literal["warm_milestones"]
+    warmup_steps: Whole
+    warmup_factor: Share
 
 
 @section
@@ -198,11 +209,16 @@ class Recipe:
     evaluate_every: Count = 1  # epochs
     save_every: Count | None = None  # steps; null: once an epoch
 
+    def contradictions(self):
+        """Yield the errors of a recipe whose fields are valid one by one."""
+        return _contradictions(self)
 
-def load(path, overrides=()):
+
+def load(path, overrides=(), kind=Recipe):
     """Recipe from a JSON file, with `path=value` overrides (JSON values, else text) through the same checks.
 
-    Raises RecipeError with all errors, each with the file, the path in it, what was expected and was given.
+    kind: the dataclass of its format. Raises RecipeError with all errors, each with the file, the path in it,
+    what was expected and was given.
     """
     tree = read_json(path)
     drop_removed(tree)
@@ -215,10 +231,10 @@ def load(path, overrides=()):
 
     for loc, node in _walk(tree):
         errors += [_at(loc, f"duplicate key {_show(key)}") for key in getattr(node, "repeated", ())]
-    recipe, faults = _validate(tree)
+    recipe, faults = _validate(tree, kind)
     errors += faults
     if not errors:
-        errors = list(_contradictions(recipe))
+        errors = list(recipe.contradictions())
     if errors:
         raise RecipeError("\n".join(f"{printable(path)}: {error}" for error in errors))
     return recipe
@@ -335,17 +351,6 @@ def _keys(items):
 
 # ---------------------------------------------------------------- pydantic's errors in a user's words
 
-_SECTIONS = {  # what may stand before a key in a path
-    "data": Data,
-    "teacher": Teacher,
-    "students": Student,
-    "hard": Hard,
-    "soft": Soft,
-    "pad": PadCrop,
-    "resized": ResizedCrop,
-    "milestones": Milestones,
-    "cosine": Cosine,
-}
 _WORDS = {
     "bool_type": "true or false",
     "dataclass_type": "an object",
@@ -366,15 +371,19 @@ _WORDS = {
 }
 
 
-def _validate(tree):
-    """(Recipe, []) or (None, errors). From JSON text, because strict pydantic takes no list for a tuple."""
+def _validate(tree, kind):
+    """(recipe, []) or (None, errors). From JSON text, because strict pydantic takes no list for a tuple."""
     try:
-        return _RECIPE.validate_json(json.dumps(tree, ensure_ascii=False).encode()), []
+        return _adapter(kind).validate_json(json.dumps(tree, ensure_ascii=False).encode()), []
     except UnicodeEncodeError as error:
         excerpt = error.object[max(error.start - 40, 0) : error.end]
         return None, [f"expected text that UTF-8 can encode, got {excerpt!r}"]
     except ValidationError as error:
-        return None, [_explain(fault) for fault in error.errors(include_url=False) if not _follows(fault)]
+        faults = error.errors(include_url=False)
+        return None, [_explain(fault, kind) for fault in faults if not _follows(fault)]
+
+
+_adapter = functools.cache(TypeAdapter)
 
 
 def _follows(fault):
@@ -382,20 +391,17 @@ def _follows(fault):
     return fault["type"] == "too_short" and len(fault["input"]) >= fault["ctx"]["min_length"]
 
 
-def _explain(fault):
+def _explain(fault, recipe_kind):
     """One error of pydantic as "path: expected ..., got ..."."""
     kind, context, loc = fault["type"], fault.get("ctx", {}), fault["loc"]
-    # after these two names pydantic puts the value of "kind"
-    path = tuple(part for i, part in enumerate(loc) if i == 0 or loc[i - 1] not in ("crop", "schedule"))
+    section, path = _section_of(loc, recipe_kind)
 
     if path in REMOVED:
         return _at(path, f"this option was removed; {REMOVED[path][1]}")
     if kind == "missing":
         return _at(path[:-1], f"missing key {path[-1]!r}")
     if kind == "unexpected_keyword_argument":
-        sections = [_SECTIONS[part] for part in loc[:-1] if part in _SECTIONS]
-        known = dataclasses.fields(sections[-1] if sections else Recipe)
-        hint = nearest(path[-1], [field.name for field in known])
+        hint = nearest(path[-1], [field.name for field in dataclasses.fields(section)])
         return _at(path[:-1], f"unknown key {_show(path[-1])}{hint}")
 
     words = _WORDS.get(kind, "{msg}").format(msg=fault["msg"], **context)
@@ -403,6 +409,31 @@ def _explain(fault):
     if kind in ("literal_error", "union_tag_invalid"):
         hint = nearest(str(context.get("tag", fault["input"])), re.findall(r"'([^']+)'", words))
     return _at(path, f"expected {words}, got {_show(fault['input'])}{hint}")
+
+
+def _section_of(loc, kind):
+    """(dataclass that the last key of a place belongs to, the place without the values of "kind" in it)."""
+    section, path, tagged = kind, [], {}
+    for part in loc:
+        if part in tagged:
+            section, tagged = tagged[part], {}
+            continue
+        path.append(part)
+        inside = [] if isinstance(part, int) else _dataclasses_in(typing.get_type_hints(section).get(part))
+        if len(inside) == 1:
+            section = inside[0]
+        tagged = {_kind_of(one): one for one in inside} if len(inside) > 1 else {}
+    return section, tuple(path)
+
+
+def _kind_of(section):
+    return typing.get_args(typing.get_type_hints(section)["kind"])[0]
+
+
+def _dataclasses_in(hint):
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [found for part in typing.get_args(hint) for found in _dataclasses_in(part)]
 
 
 def _at(loc, message):
@@ -495,6 +526,3 @@ def _contradictions_of_networks(teacher, students):
             yield f"{path}: give both mean and std, or neither"
         if network.std and min(network.std) <= 0:
             yield f"{path}.std: expected positive numbers, got {_show(list(network.std))}"
-
-
-_RECIPE = TypeAdapter(Recipe)

@@ -93,10 +93,20 @@ class Scores(Score):
     ema: NotRequired[Score]
 
 
+class Precision(TypedDict):
+    """Of a detector; None where the images have no objects."""
+
+    ap_box: float | None
+    ap_mask: float | None
+    n: recipe.Whole
+    step: recipe.Whole
+    epoch: float
+
+
 class StudentResult(TypedDict):
     name: str
     parameters: recipe.Whole
-    last: Scores
+    last: Scores | Precision
 
 
 class TeacherResult(Score):
@@ -192,7 +202,7 @@ def check_folder(folder, settings, *, resume, overwrite, limit=None):
         )
     check_entries(folder, (*FOLDERS, *names))
     check_limit(folder, limit)
-    if changes := differences(recipe.load(written), settings):
+    if changes := differences(recipe.load(written, kind=type(settings)), settings):
         lines = "\n  ".join(changes)
         raise recipe.RecipeError(
             f"{folder}: --resume with other settings than the run began with:\n  {lines}"

@@ -341,15 +341,20 @@ def load(path, overrides, options):
     settings = dataclasses.replace(settings, data=sources.resolved(settings.data))
     if not options.students:
         return settings
+    students = chosen_students(settings, path, options.students)
+    teacher = settings.teacher if any(student.soft for student in students) else None
+    return dataclasses.replace(settings, students=students, teacher=teacher)
+
+
+def chosen_students(settings, path, names):
+    """The students of a recipe with these names; RecipeError for a name that it does not have."""
     known = [student.name for student in settings.students]
-    for name in options.students:
+    for name in names:
         if name not in known:
             raise recipe.RecipeError(
                 f"{path}: --students: no student {name!r} (students: {', '.join(known)})"
             )
-    students = tuple(student for student in settings.students if student.name in options.students)
-    teacher = settings.teacher if any(student.soft for student in students) else None
-    return dataclasses.replace(settings, students=students, teacher=teacher)
+    return tuple(student for student in settings.students if student.name in names)
 
 
 def runs_of(settings, out):
@@ -418,8 +423,18 @@ class Options:
 
 
 def main(arguments=None):
+    parser = make_parser(__doc__)
+    dry_run = "make every check, print the plan, write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    args = parser.parse_args(arguments)
+    options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
+    launch_command(parser, args, lambda out: run_recipe(args.recipe, args.set, out, options))
+
+
+def make_parser(description):
+    """The flags that train.py and detect.py have in common."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("recipe", type=Path, help="JSON file: a run's settings")
@@ -438,16 +453,18 @@ def main(arguments=None):
     add("--overwrite", action="store_true", help="delete the run in --out and start again")
     trial = "a trial: stop after so many steps, evaluate on so many batches"
     add("--limit", type=whole_number(1), metavar="STEPS", help=trial)
-    add("--dry-run", action="store_true", help="make every check, print the plan, write nothing")
     processes = min(os.cpu_count() or 1, 8)
     add("--workers", type=whole_number(0), default=processes, help="loader processes per process")
-    args = parser.parse_args(arguments)
-    options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
-    out = args.out or Path("runs") / (args.recipe.stem + limit_suffix(options))
+    return parser
+
+
+def launch_command(parser, args, run):
+    """`run(out)` for the arguments of a command; its errors become one line and an exit code."""
+    out = args.out or Path("runs") / (args.recipe.stem + limit_suffix(args))
     if args.resume and args.overwrite:
         parser.error("--resume continues a run, --overwrite deletes it: choose one")
     try:
-        run_recipe(args.recipe, args.set, out, options)
+        run(out)
     except (recipe.RecipeError, sources.DataError, models.ModelError) as error:
         _exit(error, 2)
     except launch.TrainingError as error:
