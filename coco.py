@@ -33,8 +33,8 @@ from typing_extensions import NotRequired, TypedDict  # noqa: UP035  pydantic ne
 
 import augment
 import recipe
-from data import _Loader as Loader
 from sources import DataError
+from workers import Loader
 
 STRIDE = 32  # of the deepest map: sides of batches are multiples of it
 METRICS = tuple(
@@ -76,6 +76,11 @@ class _Image(TypedDict):
     height: recipe.Count
 
 
+class _Runs(TypedDict):
+    size: list[recipe.Whole]
+    counts: list[recipe.Whole] | str
+
+
 class _Annotation(TypedDict):
     id: recipe.Whole
     image_id: recipe.Whole
@@ -83,7 +88,7 @@ class _Annotation(TypedDict):
     bbox: recipe.Annotated[list[float], Field(min_length=4, max_length=4)]
     area: float
     iscrowd: Literal[0, 1]
-    segmentation: NotRequired[list | dict]
+    segmentation: NotRequired[list[list[float]] | _Runs]
 
 
 class _Category(TypedDict):
@@ -211,16 +216,16 @@ def _problem_of(segmentation, height, width):
     if not segmentation:
         return "no segmentation: masks are trained and evaluated, so every object needs one"
     if isinstance(segmentation, list):
-        good = all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation)
+        good = all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation)
         return None if good else "segmentation: expected polygons of 3 and more points, [[x, y, x, y, ...]]"
-    if segmentation.get("size") != [height, width]:
-        return f"segmentation: size is {segmentation.get('size')}, the image's is {[height, width]}"
-    counts = segmentation.get("counts")
+    if segmentation["size"] != [height, width]:
+        return f"segmentation: size is {segmentation['size']}, the image's is {[height, width]}"
+    counts = segmentation["counts"]
     if isinstance(counts, str):
         with contextlib.suppress(ValueError, MemoryError):
             pycocotools.mask.decode(segmentation)
             return None
-    elif isinstance(counts, list) and sum(counts) == height * width:
+    elif sum(counts) == height * width:
         return None
     return "segmentation: counts are not the run lengths of the image"
 

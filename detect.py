@@ -341,14 +341,17 @@ def draw(student, split, i, detections, step):
         return
     kept = detections["scores"] >= DRAWN_SCORE
     image = torch.from_numpy(np.array(split.decoded(i))).permute(2, 0, 1)
-    image = draw_segmentation_masks(image, detections["masks"][kept])
-    names = [
-        f"{split.names[label - 1]} {score:.2f}"
-        for label, score in zip(detections["labels"][kept], detections["scores"][kept], strict=True)
-    ]
-    image = draw_bounding_boxes(image, detections["boxes"][kept], names)
+    if kept.any():  # torchvision warns of nothing to draw
+        image = with_detections(image, {key: value[kept] for key, value in detections.items()}, split.names)
     for tracker in student.accelerator.trackers:
         tracker.writer.add_image(f"test/{split.images[i]['file_name']}", image, step)
+
+
+def with_detections(image, detections, names):
+    image = draw_segmentation_masks(image, detections["masks"])
+    pairs = zip(detections["labels"], detections["scores"], strict=True)
+    texts = [f"{names[label - 1]} {score:.2f}" for label, score in pairs]
+    return draw_bounding_boxes(image, detections["boxes"], texts)
 
 
 def export(log, student, split, found):

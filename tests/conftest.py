@@ -21,12 +21,17 @@ from PIL import Image
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring, and test runs share the cores
 
 ROOT = Path(__file__).resolve().parent.parent
+# recipes of train.py; those of detect.py are another format
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.json") if not path.stem.startswith("coco_"))
 SHARED = ROOT.parent / "shared" / "data"
 needs_cifar = pytest.mark.skipif(
     not (SHARED / "cifar100").exists(), reason=f"CIFAR-100 not found in {SHARED}"
 )
 needs_imagenet = pytest.mark.skipif(
     not (SHARED / "imagenet_sample").exists(), reason=f"ImageNet sample not found in {SHARED}"
+)
+needs_coco = pytest.mark.skipif(
+    not (SHARED / "coco_sample").exists(), reason=f"COCO sample not found in {SHARED}"
 )
 
 STUDENT = {

@@ -33,6 +33,10 @@ log: sources launch rundir evaluate distill numpy pandas timm torch
 finish: recipe cifar_resnet models launch rundir evaluate log accelerate datasets numpy timm torch
 train: recipe sources augment workers data models class_names optim launch rundir evaluate distill
     checkpoint log finish accelerate torch tqdm
+coco: recipe sources augment workers PIL numpy pycocotools pydantic torch tqdm typing_extensions
+detectors: recipe models rundir huggingface_hub pydantic safetensors timm torch torchvision
+detect: recipe augment class_names optim launch rundir evaluate distill checkpoint log finish train coco
+    detectors accelerate numpy timm torch torchvision tqdm
 """
 LINES = (line.split(": ") for line in TABLE.replace("\n    ", " ").strip().splitlines())
 IMPORTS = {name: set(allowed.split()) for name, allowed in LINES}
@@ -62,9 +66,10 @@ def test_every_import_points_up(name):
     assert all(order.index(other) < order.index(name) for other in allowed & set(order))
 
 
-def test_train_opens_with_its_loop():
+@pytest.mark.parametrize("name", ["train", "detect"])
+def test_a_script_opens_with_its_loop(name):
     functions = [
-        n.name for n in ast.parse((ROOT / "train.py").read_text()).body if isinstance(n, ast.FunctionDef)
+        n.name for n in ast.parse((ROOT / f"{name}.py").read_text()).body if isinstance(n, ast.FunctionDef)
     ]
     assert functions[0] == "train"
 

@@ -12,14 +12,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import RECIPE, ROOT, STUDENT, make_recipe, tree, write
+from conftest import RECIPE, RECIPES, ROOT, STUDENT, make_recipe, tree, write
 
 import recipe
 
-SHIPPED = sorted((ROOT / "recipes").glob("*.json"))
 
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_shipped_recipes_load_and_survive_a_round_trip(path, tmp_path):
     loaded = recipe.load(path)
     (tmp_path / "again.json").write_text(recipe.dump(loaded))
@@ -403,7 +401,7 @@ def test_no_random_edit_gives_a_traceback(tmp_path):
     chance, path, refused = random.Random(0), tmp_path / "r.json", 0
     for i in range(1500):
         if i % 3 == 0:
-            edited = json.loads(chance.choice(SHIPPED).read_text())
+            edited = json.loads(chance.choice(RECIPES).read_text())
         else:
             edited = tree(students=[STUDENT, dict(STUDENT, name="b")], teacher={"recipe": "t.json"})
         for _ in range(chance.randint(1, 3)):

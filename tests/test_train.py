@@ -18,6 +18,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import (
+    RECIPES,
     ROOT,
     SHARED,
     STREAM,
@@ -621,9 +622,9 @@ def test_what_a_run_leaves_behind(tmp_path, teacher_file, capsys):
 # ---------------------------------------------------------------- recipes
 
 
-RECIPES = {path: recipe.load(path) for path in sorted((ROOT / "recipes").glob("*.json"))}
-SMALL = [path for path, settings in RECIPES.items() if (settings.data.classes or 3) < 1000]
-IMAGENET = [path for path, settings in RECIPES.items() if settings.data.source.startswith("ILSVRC")]
+LOADED = {path: recipe.load(path) for path in RECIPES}
+SMALL = [path for path, settings in LOADED.items() if (settings.data.classes or 3) < 1000]
+IMAGENET = [path for path, settings in LOADED.items() if settings.data.source.startswith("ILSVRC")]
 
 
 def generated(folder, section):
@@ -650,7 +651,7 @@ def slow_if_like_another(path):
 @pytest.mark.parametrize("path", [slow_if_like_another(path) for path in SMALL])
 def test_every_recipe_runs_two_steps(path, tmp_path):
     """On generated images, with an untrained teacher of another shape."""
-    settings = RECIPES[path]
+    settings = LOADED[path]
     size = min(settings.data.size, 32)
     changes = [
         "batch_size=8",
@@ -679,7 +680,7 @@ def test_every_recipe_runs_two_steps(path, tmp_path):
 @pytest.mark.parametrize("path", IMAGENET, ids=lambda p: p.stem)
 def test_every_imagenet_recipe_runs_a_step_with_its_own_networks(path, tmp_path):
     """The whole path on real JPEGs: stream, repeats, mixing, the untrained teacher, one step, evaluation."""
-    settings, out = RECIPES[path], tmp_path / "out"
+    settings, out = LOADED[path], tmp_path / "out"
     changes = ["batch_size=4", "batch_size_per_process=4", "data.train_size=200"]
     changes += ["teacher.pretrained=false"] if settings.teacher else []
     result = run(path, out, "--data", SHARED / "imagenet_sample", "--limit", 1, "--set", *changes)
