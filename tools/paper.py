@@ -1,6 +1,6 @@
 """The paper's tables: the number of every cell, ours beside it, and the command that makes it.
 
-    python tools/paper.py 3             # Table 3 as Markdown; 1a, 1b, 2 to 10, or all
+    python tools/paper.py 3             # Table 3 as Markdown; 1a, 1b, 2 to 11, or all
     python tools/paper.py all --csv     # for a spreadsheet
     python tools/paper.py 4c            # Table 4 at the scale of CIFAR-100: study_ablation_cifar.json
     python tools/paper.py --docs        # the tables with our numbers, between two markers in docs/results.md
@@ -31,7 +31,11 @@ import recipe  # noqa: E402
 
 MAX_BYTES = 2**26  # of a results file
 STUDY = "4c"
-TABLES = ("1a", "1b", *map(str, range(2, 11)))  # Table 11 is object detection, which is not trained here
+DETECTION = "11"  # its networks are detectors: recipes of detect.py, average precision instead of top-1
+TABLES = ("1a", "1b", *map(str, range(2, 11)), DETECTION)
+# How a cell of Table 11 names its backbone: the student of the recipe.
+BACKBONES = {"prev. 77.1": "tv", "prev. 80.4": "rsb", "ours 83.1": "kd"}
+BACKBONES |= {"prev. 83.0": "fcmae", "prev. 83.9": "fcmae_in22k", "ours 85.0": "kd"}
 ACCURACIES = ("result", "reference", "not_reported")  # kinds of cells: the accuracy of one network
 LABEL_LOSSES = {"bce": "binary_cross_entropy", "ce": "cross_entropy"}  # the paper's names
 TEST_SETS = {
@@ -83,6 +87,8 @@ TOUCHES = {  # {id of a disagreement: patterns of cells}; disagreements without 
     "vits_300": ["t6.*deit-s.*", "t8.vits.300"],
     "t5_bold": ["t5.5e-3.0.03.kd", "t5.6e-3.0.02.kd"],
     "t10_cost": ["t10.kd*.hours"],
+    "coco_configs": ["t11a.*.2x.box", "t11a.*.2x.mask", "t11[bc].*.1x.box", "t11[bc].*.1x.mask"],
+    "coco_prev": ["t11a.prev.*"],
 }
 
 
@@ -93,6 +99,7 @@ class Training(typing.NamedTuple):
     student: str
     changes: dict  # {path in the recipe: value}, only what differs from the file
     alone: bool  # the recipe trains this student only
+    script: str = "train.py"
 
     @property
     def overrides(self):
@@ -109,7 +116,9 @@ class Training(typing.NamedTuple):
 
     @property
     def command(self):
-        words = ["accelerate", "launch", "train.py", f"recipes/{self.recipe_name}.json"]
+        words = ["accelerate", "launch", self.script, f"recipes/{self.recipe_name}.json"]
+        if self.script == "detect.py":
+            words += ["--data", "COCO"]
         if not self.alone:
             words += ["--students", self.student]
         if self.changes:
@@ -170,6 +179,9 @@ def study():
 
 def training(cell):
     """The Training of a cell; None where no recipe trains its network: it is quoted, derived or a setting."""
+    if cell["table"] == DETECTION:
+        backbone = BACKBONES.get(cell["overrides"].get("backbone_checkpoint"))
+        return backbone and Training(cell["recipe"], backbone, {}, False, "detect.py")
     if cell["kind"] not in ACCURACIES or not (ROOT / f"recipes/{cell.get('recipe')}.json").exists():
         return None
     settings, name = load(cell["recipe"]), cell.get("method", "scratch")
@@ -206,12 +218,27 @@ def command(cell):
     if run:
         return run.command
     tag = cell.get("timm") or (cell["metric"] == "teacher_top1" and cell["teacher"])
+    if cell["table"] == DETECTION:
+        tag = backbone_of(cell)
     return evaluation(tag, cell) if tag else ""
 
 
 def evaluation(checkpoint, cell):
     test_set = TEST_SETS.get(cell["dataset"], "imagenet")
     return f"python evaluate.py {checkpoint} --on {test_set}" + (" --v2 DIR" if test_set == "v2" else "")
+
+
+def detection_student(run):
+    """(recipe, student) of a run of detect.py as JSON."""
+    tree = recipe.read_json(ROOT / "recipes" / f"{run.recipe_name}.json")
+    return tree, next(student for student in tree["students"] if student["name"] == run.student)
+
+
+def backbone_of(cell):
+    """The checkpoint whose top-1 stands in Table 11 before the AP of its detector: a tag or a folder."""
+    name = cell["id"].removesuffix("in1k") + "box"
+    _, student = detection_student(training(next(other for other in cells(DETECTION) if other["id"] == name)))
+    return student["model"] if student["weights"] == "timm" else student["weights"]
 
 
 # ---------------------------------------------------------------- from a cell to our number
@@ -279,8 +306,31 @@ def without_epochs(experiment):
     return experiment | {"epochs": None, "schedule": None, "student": student}
 
 
+def detected(cell, records):
+    """{"": Numbers} of the detectors that were trained as the recipe of a cell of Table 11 says, or {}."""
+    run = training(cell)
+    found, wanted = {}, run and detection_experiment(*detection_student(run))
+    for record in records if run else ():
+        for student, result in zip(record["recipe"]["students"], record["students"], strict=True):
+            if "detector" in record["recipe"] and detection_experiment(record["recipe"], student) == wanted:
+                found.setdefault(record["seed"], result["last"][cell["metric"]])
+    return {"": Numbers(found, [])} if found else {}
+
+
+def detection_experiment(tree, student):
+    """All that decides a detector's precision except the seed; a backbone is the last names of its folder."""
+    shared = {
+        key: tree[key] for key in ("epochs", "batch_size", "batch_size_per_process", "schedule", "detector")
+    }
+    data = {key: value for key, value in tree["data"].items() if key not in ORIGIN}
+    student = {key: value for key, value in student.items() if key not in HARMLESS}
+    return shared | student | {"data": data, "weights": Path(student["weights"] or "").parts[-3:]}
+
+
 def measured(cell, records):
     """{reduction: Numbers} of all records of a cell's experiment; a seed counts once."""
+    if cell["table"] == DETECTION:
+        return detected(cell, records)
     if cell["kind"] == "delta":
         return gaps(cell, records)
     run = training(cell)
@@ -290,6 +340,8 @@ def measured(cell, records):
     wanted = experiment(tree, next(s for s in tree["students"] if s["name"] == run.student))
     test_set, numbers = TEST_SETS.get(cell["dataset"]), {}
     for record in records:
+        if "detector" in record["recipe"]:
+            continue
         for student, result in zip(record["recipe"]["students"], record["students"], strict=True):
             reduced = reduction(experiment(record["recipe"], student), wanted)
             top1 = top1_on(test_set, record, result)
@@ -331,7 +383,11 @@ def gaps(cell, records):
 def row(cell, records):
     """One line of a table, as text and numbers."""
     run, numbers, shown = training(cell), measured(cell, records), cell
-    if run:
+    if run and cell["table"] == DETECTION:
+        tree, student = detection_student(run)
+        shown = cell | {key: student[key] for key in ("lr", "weight_decay")}
+        shown |= {"epochs": tree["epochs"], "method": run.student}
+    elif run:
         settings = load(run.recipe_name, run.overrides)
         student = student_of(settings, run.student)
         shown = cell | {"epochs": settings.epochs, "lr": student.lr, "weight_decay": student.weight_decay}
