@@ -1,9 +1,11 @@
-"""What test_distributed.py launches: train.py as it is, then what each process has seen, as JSON in
-$REPORT/RANK.json.
+"""What test_distributed.py and test_detect.py launch: $SCRIPT (train or detect) as it is, then what each
+process has seen, as JSON in $REPORT/RANK.json.
 """
 
 import contextlib
 import hashlib
+import importlib
+import inspect
 import json
 import os
 import signal
@@ -13,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
 import launch
-import train
 
+script = importlib.import_module(os.environ.get("SCRIPT", "train"))
 written, runs, calls, steps = [], [], [], []
 out = str(Path(sys.argv[sys.argv.index("--out") + 1]).resolve())
 
@@ -44,13 +46,14 @@ def stop(signals, agreed=launch.Signals.agreed):
     return agreed(signals)
 
 
-def remember_run(settings, loader, teacher, students, log, *rest, original=train.train):
-    runs.append((students, log.lead))
-    original(settings, loader, teacher, students, log, *rest)
+def remember_run(*arguments, original=script.train, **more):
+    given = inspect.signature(original).bind(*arguments, **more).arguments
+    runs.append((given["students"], given["log"].lead))
+    original(*arguments, **more)
 
 
 sys.addaudithook(remember_writes)
-train.train = remember_run
+script.train = remember_run
 if "FAIL" in os.environ:
     distill.Teacher.__call__ = fail
 # shows what check_deepspeed prevents
@@ -58,9 +61,9 @@ launch.ELEMENTWISE |= set(os.environ.get("ALSO_ELEMENTWISE", "").split())
 if "STOP_AFTER" in os.environ:
     launch.Signals.agreed = stop
     with contextlib.suppress(SystemExit):
-        train.main()
+        script.main()
 else:
-    train.main()
+    script.main()
 
 students, lead = runs[0]
 digests = {}

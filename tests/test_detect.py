@@ -18,6 +18,7 @@ from conftest import ROOT, SHARED, assert_same_run, needs_coco, rows, run, run_u
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_distributed import launched, on_cpu
 from torchvision.models.detection import faster_rcnn, roi_heads, rpn
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -374,6 +375,21 @@ def test_what_a_run_leaves_behind(whole, data):
     assert evaluated == [2, 4]
     assert recipe.load(out / "recipe.json", (), detect.Recipe).seed == 0
     assert list((out / "tensorboard" / "random").iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_train_equal_weights_and_score_as_one(tmp_path, data):
+    path = small(tmp_path, students=[dict(name="random", norm="frozen")], **{"data.source": str(data)})
+    first, second = launched(path, tmp_path / "out", SCRIPT="detect", **on_cpu(2))
+    assert (first["world"], second["rank"]) == (2, 1) and first["digests"] == second["digests"]
+    assert second["written"] == []
+    (two,) = json.loads((tmp_path / "out" / "result.json").read_text())["students"]
+    found = json.loads((tmp_path / "out" / "students" / "random" / "predictions.json").read_text())
+    (tmp_path / "out" / "result.json").unlink()
+    (one,) = run(path, tmp_path / "out", "--resume")["students"]  # evaluates the last checkpoint
+    assert one["last"] == two["last"] and one["last"]["n"] == 9
+    again = json.loads((tmp_path / "out" / "students" / "random" / "predictions.json").read_text())
+    assert sorted(map(str, found)) == sorted(map(str, again)) and found
 
 
 def test_the_order_is_that_of_one_process_and_each_image_comes_once(data):
