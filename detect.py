@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import timm.layers
 import torch
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import ProjectConfiguration, gather_object
 from timm.utils import distribute_bn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -130,6 +130,9 @@ class Recipe:
     def contradictions(self):
         names = [student.name for student in self.students]
         milestones = list(self.schedule.milestones)
+        for student in self.students:
+            if student.weights == "timm" and "." not in student.model:
+                yield f"students: {student.name}: timm has several weights: give model a tag"
         if len(set(names)) < len(names):
             yield f"students: names must differ, got {names}"
         if milestones != sorted(set(milestones)):
@@ -307,17 +310,18 @@ def evaluate(log, split, step, workers):
             if len(ids) < DRAWN:
                 draw(student, split, i, detections, step)
         ids.append(split.images[i]["id"])
-    ids, row = gather_object(ids), {}
+    ids = gather_object(ids)
     for student, detector in detectors_of:
         detector.train()
         found[student.name] = gather_object(found[student.name])
-        scores = [None]
-        if lead.is_main_process:
-            scores = [coco.average_precision(split.truth, found[student.name], ids)]
-        (scores,) = broadcast_object_list(scores)
-        row |= {f"{metric}/{student.name}": value for metric, value in scores.items()}
-        student.last = {**scores, "n": len(ids), "step": step, "epoch": step / log.steps_per_epoch}
-    log.write(step, row)
+    # pycocotools takes minutes on all of COCO: each process scores other students, so that none waits long
+    mine = log.students[lead.process_index :: lead.num_processes]
+    scores = [(s.name, coco.average_precision(split.truth, found[s.name], ids)) for s in mine]
+    scores = dict(gather_object(scores))
+    for student in log.students:
+        place = {"n": len(ids), "step": step, "epoch": step / log.steps_per_epoch}
+        student.last = scores[student.name] | place
+    log.write(step, {f"{key}/{name}": value for name, ap in scores.items() for key, value in ap.items()})
     return found
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,7 +15,19 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT, SHARED, assert_same_run, needs_coco, rows, run, run_until, stopped
+from conftest import (
+    ROOT,
+    SHARED,
+    assert_same_run,
+    exit_code,
+    forked,
+    needs_coco,
+    newest,
+    rows,
+    run,
+    run_until,
+    stopped,
+)
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -345,10 +358,28 @@ def whole(tmp_path_factory, data):
     return path, folder / "whole"
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path):
+def killed(path, out):
+    """A run that gets SIGKILL in its fourth step, after the checkpoint of step 3."""
+
+    def lr_at(step, *rest, original=optim.lr_at):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(step, *rest)
+
+    with mock.patch.object(optim, "lr_at", lr_at):
+        assert exit_code(forked(lambda: run(path, out))) == -signal.SIGKILL
+    assert newest(out) == 3
+
+
+def stopped_by_a_signal(path, out):
+    run_until(3, path, out, workers=1)
+
+
+@pytest.mark.parametrize("stop", [stopped_by_a_signal, killed])
+def test_a_resumed_run_is_the_uninterrupted_one(stop, whole, tmp_path):
     """Two students, stopped inside an epoch and a log interval, with random flips."""
     path, out = whole
-    run_until(3, path, tmp_path / "parts", workers=1)
+    stop(path, tmp_path / "parts")
     run(path, tmp_path / "parts", "--resume", workers=1)
     assert_same_run(out, tmp_path / "parts")
     first, second = (json.loads((folder / "result.json").read_text()) for folder in (out, tmp_path / "parts"))
@@ -642,6 +673,8 @@ def test_bad_input_ends_with_exit_code_2_before_the_folder_is_made(data, tmp_pat
         (["--set", "batch_size=6", "batch_size_per_process=4"], "batch_size 6 is not a multiple of 1 proc"),
         (["--set", "batch_size=16"], "8 images with objects are less than batch_size, 16"),
         (changed("norm=synk"), "expected 'sync', 'batch' or 'frozen', got 'synk'"),
+        (changed("weights=timm", "model=resnet18.a1_in1k", "model_args={}"), "offline, give its weights"),
+        (changed("weights=timm"), "random: timm has several weights: give model a tag"),
         (changed("weights=runs/no"), "weights runs/no: not found; train this backbone first"),
         (changed(f"weights={pickle}"), "does not fit ResNet: 0 of"),
         (changed("model=cifar_resnet20", "model_args={}"), "CifarResNet has maps of strides 1, 2, 4,"),
