@@ -41,6 +41,7 @@ from log import Log, count_parameters
 
 BOARD = {"train": (*detectors.Detector.terms, "lr", "seconds"), "test": coco.METRICS}
 DRAWN, DRAWN_SCORE = 4, 0.5  # test images on TensorBoard, and the least score of a drawn detection
+COLORS = ("red", "lime", "blue", "yellow", "magenta", "cyan")
 
 
 def train(settings, loader, students, log, checkpoints, signals, step, stop, evaluate):
@@ -352,10 +353,11 @@ def draw(student, split, i, detections, step):
 
 
 def with_detections(image, detections, names):
-    image = draw_segmentation_masks(image, detections["masks"])
+    colors = [COLORS[i % len(COLORS)] for i in range(len(detections["masks"]))]
+    image = draw_segmentation_masks(image, detections["masks"], colors=colors)
     pairs = zip(detections["labels"], detections["scores"], strict=True)
     texts = [f"{names[label - 1]} {score:.2f}" for label, score in pairs]
-    return draw_bounding_boxes(image, detections["boxes"], texts)
+    return draw_bounding_boxes(image, detections["boxes"], texts, colors)
 
 
 def export(log, student, split, found):

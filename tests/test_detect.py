@@ -31,7 +31,8 @@ from conftest import (
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_distributed import launched, on_cpu
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_distributed import in_two_forks, launched, on_cpu
 from torchvision.models.detection import faster_rcnn, roi_heads, rpn
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -405,13 +406,30 @@ def test_what_a_run_leaves_behind(whole, data):
     evaluated = [row["step"] for row in rows(out) if "ap_box/random" in row]
     assert evaluated == [2, 4]
     assert recipe.load(out / "recipe.json", (), detect.Recipe).seed == 0
-    assert list((out / "tensorboard" / "random").iterdir())
+    board = EventAccumulator(str(out / "tensorboard" / "random")).Reload().Tags()
+    assert {"train/loss", "train/mask", "test/ap_box", "test/aps_mask"} <= {*board["scalars"]}
+    assert board["images"] == [f"test/{i}.png" for i in range(1, 5)]
 
 
-@pytest.mark.slow
-def test_two_processes_train_equal_weights_and_score_as_one(tmp_path, data):
+def test_detections_are_drawn_where_they_are():
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    masks = torch.zeros(1, 40, 60, dtype=torch.bool)
+    masks[:, 20:30, 30:40] = True
+    found = dict(boxes=torch.tensor([[10.0, 5, 50, 35]]), masks=masks, labels=torch.tensor([2]))
+    drawn = detect.with_detections(image, found | {"scores": torch.tensor([0.9])}, ["cat", "dog"]).sum(0) > 0
+    assert drawn[20:30, 30:40].all() and not drawn[22:28, 42:48].any()  # the mask, and no more than it
+    assert drawn[35, 10:50].all() and not drawn[38:].any()  # the lower edge of the box
+
+
+def by_the_launcher(path, out):
+    return launched(path, out, **on_cpu(2))
+
+
+@pytest.mark.parametrize("two", [in_two_forks, pytest.param(by_the_launcher, marks=pytest.mark.slow)])
+def test_two_processes_train_equal_weights_and_score_as_one(two, tmp_path, data, monkeypatch):
+    monkeypatch.setenv("SCRIPT", "detect")
     path = small(tmp_path, students=[dict(name="random", norm="frozen")], **{"data.source": str(data)})
-    first, second = launched(path, tmp_path / "out", SCRIPT="detect", **on_cpu(2))
+    first, second = two(path, tmp_path / "out")
     assert (first["world"], second["rank"]) == (2, 1) and first["digests"] == second["digests"]
     assert second["written"] == []
     (two,) = json.loads((tmp_path / "out" / "result.json").read_text())["students"]
