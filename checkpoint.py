@@ -294,7 +294,7 @@ def restore_student(folder, student, state, device):
     if state["scaler"]:
         student.accelerator.scaler.load_state_dict(state["scaler"])
     student.sums = torch.tensor(state["sums"], device=device)
-    if student.sums.ndim and len(student.sums) != len(student.distilled.terms) + 1:
+    if student.sums.ndim and len(student.sums) != len(student.terms) + 1:
         raise ValueError(f"{len(student.sums)} sums")
     state.setdefault("skipped_in_a_row", state.get("barren"))  # its name before
     for key in COUNTERS:

@@ -227,7 +227,7 @@ def prepare(student, detector, optimizer, loader, **tracking):
     module, optimizer = accelerator.prepare(detector, optimizer)
     if accelerator.scaler is not None:
         optim.start_momentum(optimizer.optimizer)
-    return distill.Student(student, accelerator, module.train(), optimizer, None)
+    return distill.Student(student, accelerator, module.train(), optimizer, None, detector.terms)
 
 
 def train_and_finish(settings, out, lead, loader, split, students, backbones, options):

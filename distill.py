@@ -47,11 +47,6 @@ class Distilled(nn.Module):
         self.net, self.hard, self.soft, self.hard_weight = net, hard, soft, hard_weight
         self.taps, self.preactivation = taps, preactivation
 
-    @property
-    def terms(self):
-        """Names of the scalars that `forward` returns."""
-        return TERMS[:2] if self.soft is None else TERMS
-
     def no_weight_decay(self):
         """Names that timm's optimizers leave without decay: position embeddings and class tokens."""
         return {f"net.model.{name}" for name in getattr(self.net.model, "no_weight_decay", set)()}
@@ -175,7 +170,8 @@ class Student:
     module: nn.Module  # a prepared Distilled
     optimizer: torch.optim.Optimizer  # prepared
     ema: ModelEmaV3 | None
-    # Vectors of the module's loss terms and a 1 stay on the device until a log row: reading would stop it.
+    terms: tuple = TERMS  # names of the scalars that the module returns
+    # Vectors of the terms and a 1 stay on the device until a log row: reading would stop it.
     parts: list = dataclasses.field(default_factory=list)  # of the batches of this step
     last_part: torch.Tensor | None = None
     latest: tuple | None = None  # arguments of `gradient_norms` for the newest batch
@@ -229,7 +225,7 @@ class Student:
         *sums, batches = self.accelerator.reduce(self.sums.clone(), "mean").tolist()
         self.sums = 0.0
         taken = round(batches) // accumulate
-        named = zip(self.distilled.terms, sums, strict=True)
+        named = zip(self.terms, sums, strict=False)
         return {name: total / batches for name, total in named} if taken else {}, steps - taken
 
     def check_finite(self, skipped, steps, step, stop):
@@ -277,7 +273,7 @@ class NotFinite(launch.TrainingError):
     """Too many gradients of a student were not finite. `facts` is what a dump should tell."""
 
     def __init__(self, student, step):
-        values = zip(student.distilled.terms, student.last_part.tolist(), strict=False)
+        values = zip(student.terms, student.last_part.tolist(), strict=False)
         terms = {term: str(value) for term, value in values}
         super().__init__(
             f"student {student.name!r}: the gradient is not finite at step {step}, loss {terms['loss']}; "
@@ -314,7 +310,8 @@ def prepare_student(student, module, optimizer, loader, **tracking):
     if accelerator.scaler is not None:
         optim.start_momentum(optimizer.optimizer)
     module.train()
-    prepared = Student(student, accelerator, module, optimizer, None)
+    terms = TERMS[:2] if student.soft is None else TERMS
+    prepared = Student(student, accelerator, module, optimizer, None, terms)
     if student.ema is not None:
         prepared.ema = ModelEmaV3(prepared.net, decay=student.ema)
     return prepared

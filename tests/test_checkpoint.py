@@ -209,7 +209,7 @@ def of_kd(**values):
         ("state.json", lambda s: s.update(students={}), "does not hold what this run needs ('alone')"),
         ("state.json", of_kd(sums=[1.0]), "does not hold what this run needs (1 sums)"),
         ("state.json", of_kd(skipped="x"), "students.kd.skipped: Input should be a valid integer"),
-        ("state.json", of_kd(last=[1]), "students.kd.last: Input should be an object"),
+        ("state.json", of_kd(last=[1]), "students.kd.last.Scores: Input should be an object"),
         (
             "state.json",
             of_kd(optimizer={"state": {"0": {}}, "param_groups": {}}),

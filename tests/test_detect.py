@@ -320,7 +320,7 @@ def test_four_images_are_learned(stem, tmp_path):
     sizes = {"data.short_sides": [128], "data.long_side": 192, "data.test_short_side": 128, "data.hflip": 0.0}
     sizes |= {"detector.width": 64, "detector.rois": 32, "detector.mask_convs": [64, 64], "data.crop": None}
     sizes |= {"detector.proposals_of_level": [200, 200], "detector.proposals": [100, 100]}
-    sizes |= {"detector.anchors": 128, "detector.box_layers": [256], "epochs": 120}
+    sizes |= {"detector.anchors": 128, "detector.box_layers": [256], "epochs": 120, "save_every": 120}
     sizes["schedule.milestones"] = [100]
     path = small(tmp_path, stem, [student], **sizes)
     last = run(path, tmp_path / "out", "--data", folder, "--set", "log_every=40")["students"][0]["last"]
