@@ -74,11 +74,8 @@ def train(settings, loader, students, log, checkpoints, signals, step, stop, eva
 
         if step % settings.log_every == 0:
             progress.set_postfix(loss=log.losses(step))
-        if (
-            step < stop
-            and step % per_epoch == 0
-            and step // per_epoch % (settings.evaluate_every or step) == 0
-        ):
+        evaluated = settings.evaluate_every and step % (per_epoch * settings.evaluate_every) == 0
+        if evaluated and step < stop:
             evaluate(step)
         if step % (settings.save_every or per_epoch) == 0 or step == stop:
             checkpoints.save(step, students, log, loader)

@@ -288,6 +288,7 @@ def test_weights_are_loaded_and_frozen_stages_stay(tmp_path, data):
 
     result = run(path, tmp_path / "out", "--data", data, "--limit", 5, "--set", "epochs=3")
     assert result["steps"] == 5 and result["students"][0]["backbone"] == backbone
+    assert [row["step"] for row in rows(tmp_path / "out") if "ap_box/kd" in row] == [5]  # the last step alone
     trained, config = detectors.load_exported(tmp_path / "out" / "students" / "kd")
     state = trained.net.model.state_dict()
     frozen = {key for key in state if key.startswith(("conv1", "bn1", "layer1"))}
