@@ -39,7 +39,7 @@ import train as classification
 from evaluate import table
 from log import Log, count_parameters
 
-BOARD = {"train": (*detectors.Detector.terms, "lr", "seconds"), "test": coco.METRICS}
+BOARD = {"test": coco.METRICS, "train": (*detectors.Detector.terms, "lr"), "wall_clock": ("seconds",)}
 DRAWN, DRAWN_SCORE = 4, 0.5  # test images on TensorBoard, and the least score of a drawn detection
 COLORS = ("red", "lime", "blue", "yellow", "magenta", "cyan")
 
@@ -73,7 +73,7 @@ def train(settings, loader, students, log, checkpoints, signals, step, stop, eva
         log.count_step(time.perf_counter() - started, index)
 
         if step % settings.log_every == 0:
-            progress.set_postfix(loss=log.losses(step))
+            progress.set_postfix({"mean loss": log.losses(step)})
         evaluated = settings.evaluate_every and step % (per_epoch * settings.evaluate_every) == 0
         if evaluated and step < stop:
             evaluate(step)
@@ -172,8 +172,7 @@ def check_launch(settings, lead):
 
 def run(path, overrides, out, options):
     """Train a recipe into `out`; everything is checked and built before its folder is made."""
-    board = ProjectConfiguration(str(out), str(out / "tensorboard"))
-    tracking = dict(log_with="tensorboard", project_config=board)
+    tracking = dict(log_with="tensorboard", project_config=ProjectConfiguration(str(out), str(out)))
     lead = launch.make_accelerator(**tracking)
     settings = load(path, overrides, options)
     check_launch(settings, lead)
