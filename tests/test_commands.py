@@ -76,12 +76,9 @@ def test_the_readmes_table_is_that_of_the_kept_result():
 
 
 def test_the_documented_test_command():
-    """.ci/run takes it from the README; pytest accepts it with the settings of pyproject.toml."""
+    """.ci/run takes it from the README."""
     (line,) = re.findall(r"^command=.*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     script = f'bash -n .ci/run && {line} && echo "$command"'
     command = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert command == ["python", "-m", "pytest"]
-    arguments = [*command[1:], "--collect-only", "tests/test_layout.py"]
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "test_train_opens_with_its_loop" in done.stdout, done.stdout + done.stderr
     assert (ROOT / "requirements-dev.txt").exists()

@@ -200,7 +200,7 @@ BIG = dict(STUDENT, name="big", soft=None, model_args={})
 
 def test_a_teacher_given_as_a_recipe_is_trained_first_and_once(tmp_path, capsys):
     """Also for a loss that is built for its shapes, before it is trained, and for more seeds."""
-    write(tmp_path / "t.json", students=[BIG], epochs=3)
+    write(tmp_path / "t.json", students=[BIG], epochs=2)
     path = write(
         tmp_path / "r.json", teacher={"recipe": "t.json"}, students=[STUDENT, hint("cc")], epochs=1, runs=2
     )
@@ -216,7 +216,7 @@ def test_a_teacher_given_as_a_recipe_is_trained_first_and_once(tmp_path, capsys)
     write(tmp_path / "t.json", students=[BIG], epochs=9)
     code, message = stopped(capsys, path, runs / "third", "--set", "runs=1")
     assert code == 2 and f"{runs / 't'}: this teacher was trained with other settings than" in message
-    assert "epochs: 3 -> 9" in message and not (runs / "third").exists()
+    assert "epochs: 2 -> 9" in message and not (runs / "third").exists()
     advice = shlex.split(message.partition("that you want: ")[2])
     train.main([str(path), "--out", str(runs / "third"), "--dry-run", *advice])
     assert "  teacher: cifar_resnet8, " in capsys.readouterr().out
@@ -272,7 +272,7 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path, capsys):
 
 def test_a_teacher_that_was_interrupted_is_continued(tmp_path, monkeypatch):
     """By the command that began it; its run is the uninterrupted one."""
-    write(tmp_path / "t.json", students=[BIG], epochs=3, save_every=4)
+    write(tmp_path / "t.json", students=[BIG], epochs=2, save_every=4)
     path = write(tmp_path / "r.json", teacher={"recipe": "t.json"}, students=[STUDENT], epochs=1)
     run(path, tmp_path / "whole" / "r")
     calls, original = [], distill.Student.step
@@ -342,7 +342,7 @@ def test_own_images_in_one_command(tmp_path, capsys, monkeypatch):
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path, capsys):
-    write(tmp_path / "t.json", students=[BIG], epochs=3)
+    write(tmp_path / "t.json", students=[BIG], epochs=2)
     path = write(tmp_path / "r.json", teacher={"recipe": "t.json"}, students=[STUDENT], runs=2)
     train.main([str(path), "--out", str(tmp_path / "out"), "--workers", "0", "--dry-run"])
     printed = capsys.readouterr().out
