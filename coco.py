@@ -19,7 +19,7 @@ import json
 import os
 import random
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pycocotools.mask
@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035  pydantic needs it before Python 3.12
 
@@ -85,10 +85,10 @@ class _Annotation(TypedDict):
     id: recipe.Whole
     image_id: recipe.Whole
     category_id: recipe.Whole
-    bbox: recipe.Annotated[list[float], Field(min_length=4, max_length=4)]
-    area: float
+    bbox: Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]
+    area: FiniteFloat
     iscrowd: Literal[0, 1]
-    segmentation: NotRequired[list[list[float]] | _Runs]
+    segmentation: NotRequired[list[list[FiniteFloat]] | _Runs]
 
 
 class _Category(TypedDict):

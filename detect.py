@@ -13,12 +13,13 @@ alone or in company.
 import dataclasses
 import json
 import time
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import timm.layers
 import torch
 from accelerate.utils import ProjectConfiguration, gather_object
+from pydantic import Field
 from timm.utils import distribute_bn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -95,9 +96,7 @@ class Student:
     model: recipe.Text  # timm's name, with a tag where weights is "timm"
     model_args: dict  # passed to timm.create_model
     weights: recipe.Text | None  # an exported folder, a file, "timm"; null: random
-    frozen_stages: recipe.Annotated[
-        recipe.Whole, recipe.Field(le=detectors.MAX_FROZEN)
-    ]  # 1: stem and stage 1
+    frozen_stages: Annotated[int, Field(ge=0, le=4)]  # 1: the stem and the first stage
     norm: Literal["sync", "batch", "frozen"]  # BatchNorm: over all processes, of one, or kept statistics
     optimizer: recipe.Text  # timm's name
     optimizer_args: dict

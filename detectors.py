@@ -38,7 +38,6 @@ import rundir
 
 STRIDES = (4, 8, 16, 32)  # of the trunk's four maps
 TRUNK_PIXELS = 224  # of the image that tries a trunk
-MAX_FROZEN = len(STRIDES)
 Widths = tuple[recipe.Count, ...]
 
 

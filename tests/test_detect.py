@@ -655,6 +655,7 @@ BAD_DATA = [
     (with_object(category_id=9), "annotation 11: category id 9 is not among the categories"),
     (lambda f: edit(f, lambda t: t["annotations"][1].pop("segmentation")), "annotation 11: no segmentation"),
     (with_object(segmentation=[[1.0, 2.0]]), "annotation 11: segmentation: expected polygons"),
+    (with_object(bbox=[0, 0, 5, float("nan")]), "annotations.1.bbox.3: Input should be a finite number"),
     (with_object(segmentation=[["a"] * 6]), "annotations.1.segmentation."),
     (with_crowd(size=[1, 2]), "annotation 5: segmentation: size is [1, 2]"),
     (with_crowd(counts=[1]), "annotation 5: segmentation: counts are not"),

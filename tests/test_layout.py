@@ -36,7 +36,7 @@ train: recipe sources augment workers data models class_names optim launch rundi
 coco: recipe sources augment workers PIL numpy pycocotools pydantic torch tqdm typing_extensions
 detectors: recipe models rundir huggingface_hub pydantic safetensors timm torch torchvision
 detect: recipe augment class_names optim launch rundir evaluate distill checkpoint log finish train coco
-    detectors accelerate numpy timm torch torchvision tqdm
+    detectors accelerate numpy pydantic timm torch torchvision tqdm
 """
 LINES = (line.split(": ") for line in TABLE.replace("\n    ", " ").strip().splitlines())
 IMPORTS = {name: set(allowed.split()) for name, allowed in LINES}
