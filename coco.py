@@ -110,7 +110,7 @@ class Split:
 
     training: crowds, boxes of less than a pixel and images without objects are left out; else all images
     are kept, and `truth` is what `average_precision` compares with. The annotations of training are one
-    array of bytes, which worker processes share: Python objects are six times as large, and each process
+    array of bytes, which worker processes share: Python objects are five times as large, and each process
     would copy them. Process `rank` of `world` compares the headers of its share of the images.
     """
 
