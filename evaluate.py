@@ -18,9 +18,13 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # the imports below take seconds
+    print(f"evaluate.py {' '.join(sys.argv[1:])}: loading PyTorch ...", file=sys.stderr)
 
 import datasets
 import numpy as np
