@@ -349,7 +349,8 @@ def draw(student, split, i, detections, step):
 
 def with_detections(image, detections, names):
     colors = [COLORS[i % len(COLORS)] for i in range(len(detections["masks"]))]
-    image = draw_segmentation_masks(image, detections["masks"], colors=colors)
+    for mask, color in zip(detections["masks"], colors, strict=True):  # together, overlaps would be black
+        image = draw_segmentation_masks(image, mask, alpha=0.5, colors=color)
     pairs = zip(detections["labels"], detections["scores"], strict=True)
     texts = [f"{names[label - 1]} {score:.2f}" for label, score in pairs]
     return draw_bounding_boxes(image, detections["boxes"], texts, colors)

@@ -414,12 +414,13 @@ def test_what_a_run_leaves_behind(whole, data):
 
 def test_detections_are_drawn_where_they_are():
     image = torch.zeros(3, 40, 60, dtype=torch.uint8)
-    masks = torch.zeros(1, 40, 60, dtype=torch.bool)
-    masks[:, 20:30, 30:40] = True
-    found = dict(boxes=torch.tensor([[10.0, 5, 50, 35]]), masks=masks, labels=torch.tensor([2]))
-    drawn = detect.with_detections(image, found | {"scores": torch.tensor([0.9])}, ["cat", "dog"]).sum(0) > 0
-    assert drawn[20:30, 30:40].all() and not drawn[22:28, 42:48].any()  # the mask, and no more than it
-    assert drawn[35, 10:50].all() and not drawn[38:].any()  # the lower edge of the box
+    masks = torch.zeros(2, 40, 60, dtype=torch.bool)
+    masks[:, 20:30, 30:40] = True  # two that overlap
+    boxes = torch.tensor([[10.0, 5, 50, 35]] * 2)
+    found = dict(boxes=boxes, masks=masks, labels=torch.tensor([2, 1]), scores=torch.tensor([0.9, 0.8]))
+    drawn = detect.with_detections(image, found, ["cat", "dog"]).sum(0) > 0
+    assert drawn[20:30, 30:40].all() and not drawn[22:28, 42:48].any()  # the masks, and no more than them
+    assert drawn[35, 10:50].all() and not drawn[38:].any()  # the lower edge of the boxes
 
 
 def by_the_launcher(path, out):
