@@ -12,8 +12,13 @@ alone or in company.
 
 import dataclasses
 import json
+import os
+import sys
 import time
 from typing import Annotated, ClassVar, Literal
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # the imports below take seconds
+    print(f"detect.py {' '.join(sys.argv[1:])}: loading PyTorch and the recipe ...", file=sys.stderr)
 
 import numpy as np
 import timm.layers
