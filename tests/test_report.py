@@ -202,6 +202,7 @@ def test_every_file_of_results_is_read(report):
         ),
         ({"cells": []}, "found none"),
         ({"epochs": 3}, "found none"),
+        ({"recipe": {"detector": {}}, "students": []}, "found none"),  # of detect.py
         (a_map(layers=[["a"], ["c", "d", "e"]]), "a row of cka for each layer"),
         (a_map(cka=[[1, 0.5, None], [0, 0.25, "1"]]), 'expected a number, found "1"'),
         (a_map(cka=3), "TypeError"),

@@ -5,8 +5,8 @@
     python tools/report.py curves results/quickstart.json --out docs/quickstart.svg
 
 Reads results of train.py (a run's result.json, or several under "runs") and of tools/cka.py, and passes over
-other files, such as benchmarks. The paper's numbers stand beside ours without being named. Accuracies are
-those of the last epoch: mean and sample standard deviation over seeds.
+other files, such as benchmarks and detectors. The paper's numbers stand beside ours without being named.
+Accuracies are those of the last epoch: mean and sample standard deviation over seeds.
 
 `scale` is the paper's Figure 1 on shares of CIFAR-100: how far vanilla KD is behind DKD and DIST. It reads
 runs of recipes/study_fraction_*.json with any data.fraction. A line has runs of equal epochs, as in the
@@ -75,6 +75,8 @@ def read(paths):
             keys = set(tree) if isinstance(tree, dict) else set()
             if "cka" in keys:
                 results.maps.append((path, check_map(tree)))
+            elif "recipe" in keys and "detector" in tree["recipe"]:
+                continue  # of detect.py: tools/paper.py 11 has its numbers
             elif {"students", "recipe"} <= keys or isinstance(keys and tree.get("runs"), list):
                 for record in paper.records_of(tree):
                     key = json.dumps(check_run(record), sort_keys=True)
