@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_coco
 
 import losses
 
@@ -16,8 +16,12 @@ import harness
 
 @pytest.mark.parametrize(
     "sections",
-    [["losses", "overhead", "folders"], pytest.param(["input", "step", "startup"], marks=pytest.mark.slow)],
-    ids=["quick", "others"],
+    [
+        ["losses", "overhead", "folders"],
+        pytest.param(["detection"], marks=needs_coco),
+        pytest.param(["input", "step", "startup"], marks=pytest.mark.slow),
+    ],
+    ids=["quick", "detection", "others"],
 )
 def test_sections_write_their_json_and_become_the_table(sections, tmp_path):
     for section in sections:

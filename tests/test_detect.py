@@ -401,7 +401,7 @@ def test_what_a_run_leaves_behind(whole, data):
     result = json.loads((out / "result.json").read_text())
     last = result["students"][0]["last"]
     assert list(last) == [*coco.METRICS, "n", "step", "epoch"] and (last["n"], last["step"]) == (9, 4)
-    assert result["command"].startswith("detect.py ") and result["steps"] == 4 and result["teacher"] is None
+    assert result["command"].startswith("detect.py") and result["steps"] == 4 and result["teacher"] is None
     terms = {key.split("/")[0] for key in rows(out)[0]}
     assert {*detectors.Detector.terms, "lr"} <= terms
     evaluated = [row["step"] for row in rows(out) if "ap_box/random" in row]

@@ -347,7 +347,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path, capsys):
     train.main([str(path), "--out", str(tmp_path / "out"), "--workers", "0", "--dry-run"])
     printed = capsys.readouterr().out
     assert (
-        f"{tmp_path / 't'}: 3 epochs of 15 steps" in printed and f"{tmp_path / 'out'}: 2 epochs of" in printed
+        f"{tmp_path / 't'}: 2 epochs of 15 steps" in printed and f"{tmp_path / 'out'}: 2 epochs of" in printed
     )
     assert f"would write {tmp_path / 'out'}: seed1 to seed2, each with recipe.json" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "t.json"]

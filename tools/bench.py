@@ -5,6 +5,7 @@
     python tools/bench.py losses     # losses and their definitions: time, peak memory
     python tools/bench.py startup    # imports; a dry run of the quickstart
     python tools/bench.py folders    # listing class folders of images
+    python tools/bench.py detection  # batches by aspect ratio; annotations in memory
     python tools/bench.py overhead   # what our loop adds to a plain one, with next to no arithmetic
         [--rounds 5] [--threads 1] [--device cuda] [--data DIR] [--json results/bench.json]
     python tools/bench.py table [FILE.json ...] [--write docs/speed.md]    # what --json wrote, as Markdown
@@ -48,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness import Comparison, measure, table, write_table
 
 import augment
+import coco
 import data
 import distill
 import folders
@@ -460,6 +462,41 @@ def compare_folders(args):
     yield Comparison(f"listing {count:,} files in {classes} class folders", ways)
 
 
+# ---------------------------------------------------------------- detection
+
+
+def compare_detection(args):
+    """Batches of 4 for a trunk, at 333x200, and the annotations of training in memory."""
+    split = coco.Split(args.data / "coco_sample", "train2017", training=True)
+    sides = [coco.resized(image["width"], image["height"], 200, 333) for image in split.images]
+    images = [torch.zeros(3, height, width, dtype=torch.uint8) for width, height in sides]
+    network = timm.create_model("resnet18", num_classes=0).eval().to(args.device)
+
+    @torch.no_grad()
+    def features(batches):
+        for batch in batches:
+            network(to_float(coco.padded([images[i] for i in batch])[0], args.device))
+        return sum(map(len, batches))
+
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    orders = {"batches at random": [order[i : i + 4] for i in range(0, len(order) - 3, 4)]}
+    orders["wide and tall images apart"] = coco.batches_of_epoch(split.is_wide, 4, seed=0, epoch=0)
+    ways = {name: lambda order=order: functools.partial(features, order) for name, order in orders.items()}
+    yield Comparison("a ResNet-18 on batches of 4 images of COCO", ways)
+
+    copies = 1 if args.small else 400
+
+    def as_objects():
+        return len([split.objects(i) for _ in range(copies) for i in range(len(split))])
+
+    def as_bytes():
+        kept = np.tile(split.bytes, copies)
+        return sum(bool(split.objects(i)) for _ in range(copies) for i in range(len(split))) * bool(len(kept))
+
+    ways = {"all kept as Python objects": lambda: as_objects, "kept as one array of bytes": lambda: as_bytes}
+    yield Comparison(f"reading the annotations of {len(split) * copies:,} images of COCO", ways, memory=True)
+
+
 # ---------------------------------------------------------------- command line
 
 SECTIONS = {
@@ -469,6 +506,7 @@ SECTIONS = {
     "startup": compare_startup,
     "overhead": compare_overhead,
     "folders": compare_folders,
+    "detection": compare_detection,
 }
 
 
