@@ -427,7 +427,8 @@ def by_the_launcher(path, out):
     return launched(path, out, **on_cpu(2))
 
 
-@pytest.mark.parametrize("two", [in_two_forks, pytest.param(by_the_launcher, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("two", [in_two_forks, by_the_launcher])
 def test_two_processes_train_equal_weights_and_score_as_one(two, tmp_path, data, monkeypatch):
     monkeypatch.setenv("SCRIPT", "detect")
     path = small(tmp_path, students=[dict(name="random", norm="frozen")], **{"data.source": str(data)})

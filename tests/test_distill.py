@@ -224,7 +224,7 @@ def test_one_batch_can_be_learnt_by_heart(teacher_file):
         module, optimizer = accelerator.prepare(*distill.build_student(settings, settings_of_one))
         student = distill.Student(settings_of_one, accelerator, module.train(), optimizer, None)
         soft_weight = optim.soft_weight_at(0, settings_of_one.soft)
-        for _ in range(300):
+        for _ in range(200):
             student.sums = 0.0
             student.backward(student.forward(images, (logits, None), target, None, soft_weight))
             student.step()
@@ -345,7 +345,7 @@ def test_a_recipe_checkpoints_activations(tmp_path, capsys):
     """The whole run is the same run; a network without the feature is refused by name."""
     for name in ("plain", "saved"):
         students = [dict(STUDENT, **VIT, name="alone", soft=None, grad_checkpointing=name == "saved")]
-        run(write(tmp_path / "r.json", students=students, epochs=1), tmp_path / name)
+        run(write(tmp_path / "r.json", students=students), tmp_path / name, "--limit", 4)
     plain, saved = (final_state(tmp_path / name)[0] for name in ("plain", "saved"))
     for key, value in plain.items():
         torch.testing.assert_close(value, saved[key], rtol=0, atol=1e-6)

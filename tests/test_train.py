@@ -60,7 +60,7 @@ MIX = dict(data__mixup=0.2, data__cutmix=1.0, data__drop_last=True, data__rand_a
     "changes, workers",
     [
         pytest.param(dict(epochs=1), 2, marks=pytest.mark.slow),
-        (MIX | dict(batch_size_per_process=32), 0),
+        (MIX | dict(batch_size_per_process=32, epochs=1), 0),
         (STREAM | {"epochs": 1}, 2),
     ],
     ids=["workers", "mixed and accumulated", "stream"],
@@ -92,6 +92,7 @@ def test_a_stream_is_resumed_with_as_many_readers(tmp_path, capsys):
     assert code == 2 and "the order of a stream depends on its readers: resume with --workers 2" in message
 
 
+@pytest.mark.slow
 def test_a_run_on_a_fraction_resumes_to_the_bit_and_says_so(tmp_path, teacher_file, capsys):
     changes = distilled(teacher_file, data__fraction=0.3, save_every=3)
     changes["students"] = [STUDENT, hint("crd")]  # a bank with a row for every image of the fraction
@@ -155,8 +156,8 @@ def test_the_losses_on_features_train_beside_a_logit_loss_and_resume_to_the_bit(
 def test_accumulated_batches_equal_the_large_one(tmp_path, teacher_file):
     """Without BatchNorm (a ViT) and for per-sample losses, up to rounding."""
     changes = distilled(teacher_file, students=[dict(STUDENT, **VIT)], epochs=1, data__drop_last=True)
-    run(write(tmp_path / "one.json", **changes), tmp_path / "one")
-    run(write(tmp_path / "four.json", **changes, batch_size_per_process=16), tmp_path / "four")
+    run(write(tmp_path / "one.json", **changes), tmp_path / "one", "--limit", 5)
+    run(write(tmp_path / "four.json", **changes, batch_size_per_process=16), tmp_path / "four", "--limit", 5)
     one, four = final_state(tmp_path / "one")[0], final_state(tmp_path / "four")[0]
     for key in one:
         torch.testing.assert_close(one[key], four[key], rtol=1e-4, atol=1e-5)
@@ -201,9 +202,7 @@ BIG = dict(STUDENT, name="big", soft=None, model_args={})
 def test_a_teacher_given_as_a_recipe_is_trained_first_and_once(tmp_path, capsys):
     """Also for a loss that is built for its shapes, before it is trained, and for more seeds."""
     write(tmp_path / "t.json", students=[BIG], epochs=2)
-    path = write(
-        tmp_path / "r.json", teacher={"recipe": "t.json"}, students=[STUDENT, hint("cc")], epochs=1, runs=2
-    )
+    path = write(tmp_path / "r.json", teacher={"recipe": "t.json"}, students=[hint("cc")], epochs=1, runs=2)
     runs = tmp_path / "runs"
     train.main([str(path), "--out", str(runs / "r"), "--workers", "0"])
     result, teacher = (json.loads((runs / name / "result.json").read_text()) for name in ("r/seed1", "t"))
@@ -270,6 +269,7 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path, capsys):
     assert code == 2 and told in message and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_was_interrupted_is_continued(tmp_path, monkeypatch):
     """By the command that began it; its run is the uninterrupted one."""
     write(tmp_path / "t.json", students=[BIG], epochs=2, save_every=4)
