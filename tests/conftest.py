@@ -254,7 +254,8 @@ def exit_code(pid):
 def interrupted(tmp_path_factory, teacher_file):
     """(recipe, folder of a whole run, folder of one that stopped at step 9)."""
     folder = tmp_path_factory.mktemp("interrupted")
-    path = write(folder / "r.json", **distilled(teacher_file, epochs=1, save_every=4, log_every=3))
+    changes = distilled(teacher_file, epochs=1, save_every=4, log_every=3)
+    path = write(folder / "r.json", **changes | {"students": changes["students"][:2]})
     run(path, folder / "whole")
     run_until(9, path, folder / "parts")
     return path, folder / "whole", folder / "parts"

@@ -18,7 +18,7 @@ import harness
     "sections",
     [
         ["losses", "overhead", "folders"],
-        pytest.param(["detection"], marks=needs_coco),
+        pytest.param(["detection"], marks=[pytest.mark.slow, needs_coco]),
         pytest.param(["input", "step", "startup"], marks=pytest.mark.slow),
     ],
     ids=["quick", "detection", "others"],

@@ -75,7 +75,7 @@ def test_at_least_two_checkpoints_are_kept_and_hold_no_pickle(interrupted):
     folders = saved(whole)
     assert [folder.name for folder in folders] == ["step-00000012", "step-00000015"]
     names = {p.name for p in folders[-1].iterdir()}
-    students = ("alone", "kd", "dkd")
+    students = ("alone", "kd")
     assert names == {"manifest.json", "state.json"} | {
         f"{name}.{kind}" for name in students for kind in ("safetensors", "optimizer.safetensors")
     }
@@ -114,7 +114,7 @@ def damage(folder, kind):
     elif kind == "not an object":
         manifest.write_text("[1, 2]")
     elif kind == "student not named":
-        rewrite(folder, manifest.name, lambda m: m["files"].pop("dkd.safetensors"))
+        rewrite(folder, manifest.name, lambda m: m["files"].pop("kd.safetensors"))
     elif kind == "state not named":
         rewrite(folder, manifest.name, lambda m: m["files"].pop("state.json"))
     elif kind == "other step in the manifest":
@@ -135,7 +135,7 @@ DAMAGES = {
     "escape": "manifest.json names '../../recipe.json', which is not a plain file of its folder",
     "bomb": "nested too deeply",
     "not an object": "Input should be an object",
-    "student not named": "manifest.json does not name dkd.safetensors",
+    "student not named": "manifest.json does not name kd.safetensors",
     "state not named": "manifest.json does not name state.json",
     "other step in the manifest": r"the folder's name says step 9, its files \[8, 9\]",
     "other step in the state": r"the folder's name says step 9, its files \[8, 9\]",
@@ -330,7 +330,7 @@ def test_an_earlier_versions_own_lamb_is_refused(tmp_path, capsys):
 # ---------------------------------------------------------------- killed while it saves
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plain(tmp_path_factory):
     """(recipe of one student without a teacher, folder of a run of it)."""
     folder = tmp_path_factory.mktemp("plain")

@@ -84,7 +84,7 @@ def evaluation(source, workers=0, **changes):
     return data.test_loader(section, batch_size=4, workers=workers)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small_sources(tmp_path_factory):
     """{"mapped": class folders, "stream": parquet files, "clean": the class folders with nothing broken}"""
     root = tmp_path_factory.mktemp("small")
@@ -392,7 +392,7 @@ def test_empty_shards(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- streams
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def uneven(tmp_path_factory):
     """Parquet shards of 5, 17, 1, 9 and 30 images, in row groups of 4, with the hub's schema."""
     folder, n = tmp_path_factory.mktemp("uneven"), 0
@@ -499,7 +499,7 @@ def test_a_webdataset_mirror(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- pipelines
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jpegs")
     for split in ("train", "validation"):
@@ -951,7 +951,7 @@ def test_order_and_labels_are_those_of_the_other_loader(changes, world, rank):
         assert images.shape == others.shape and images.dtype == others.dtype == torch.uint8
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def broken_source(tmp_path_factory):
     """16x16 images in parquet files, four of them broken."""
     import io
@@ -1128,6 +1128,7 @@ def test_a_tenth_of_cifar100():
     )
 
 
+@pytest.mark.slow
 @needs_cifar
 def test_resident_cifar100(monkeypatch):
     """Its test split, to save time."""

@@ -127,7 +127,7 @@ def made(folder, images=8, empty=True, seed=0):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     return made(tmp_path_factory.mktemp("coco") / "data")
 
@@ -348,7 +348,7 @@ def subset(folder, n):
 # ---------------------------------------------------------------- 5, 6 resume, company, processes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory, data):
     """(recipe, folder of a whole run of two students)."""
     folder = tmp_path_factory.mktemp("whole")
@@ -489,7 +489,7 @@ def truth_as_predictions(split, noise=None):
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sample():
     return coco.Split(SAMPLE, "val2017", training=False)
 
@@ -616,7 +616,7 @@ def test_layer_decay_is_mmdetections():
 # ---------------------------------------------------------------- 9 bad input
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def spoiled(tmp_path_factory):
     return made(tmp_path_factory.mktemp("spoiled") / "data", images=4)
 

@@ -53,7 +53,7 @@ def small(teacher_file, **changes):
     return distilled(teacher_file, students=students, epochs=2, save_every=2, log_every=3) | changes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory, teacher_file):
     """The folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
@@ -148,7 +148,7 @@ def test_a_soak_of_signals_ends_in_the_same_weights(changes, workers, tmp_path, 
     "owner, name, number, expected",
     [
         (distill.Teacher, "__call__", 5, 5),
-        (log.Log, "accuracy", 1, 15),
+        pytest.param(log.Log, "accuracy", 1, 15, marks=pytest.mark.slow),
         (log.Log, "state", 1, 30),  # inside of the only save, after the last step: nothing is left to stop
     ],
     ids=["teacher", "evaluation", "save"],

@@ -615,9 +615,6 @@ def test_what_a_run_leaves_behind(tmp_path, teacher_file, capsys):
     assert not list(one.rglob("*.pkl")) and not list(one.rglob("*.bin"))
     assert recipe.load(one / "recipe.json").seed == 1
 
-    run(path, tmp_path / "alone", "--set", "runs=1", "seed=2")  # the loader served two seeds
-    assert_same_run(tmp_path / "alone", out / "seed2")
-
 
 # ---------------------------------------------------------------- recipes
 
@@ -643,8 +640,10 @@ def generated(folder, section):
 
 
 def slow_if_like_another(path):
-    """The same as another recipe with other networks of the same family, or without augmentation."""
-    twin = re.search("res8x4|res32x4|res56_scratch|fraction_weak", path.stem)
+    """Like another recipe with other networks of its family, without augmentation or without a teacher."""
+    twin = re.search(
+        "res8x4|res32x4|res56_scratch|fraction_weak|images_teacher|quickstart_teacher", path.stem
+    )
     return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if twin else [])
 
 
