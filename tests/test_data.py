@@ -139,7 +139,7 @@ def test_results_do_not_depend_on_the_number_of_workers(changes):
 @WORKERS
 def test_a_stream_resumes_at_any_step(workers):
     everything, _ = read(loader(workers=workers, **DIGITS_STREAM), 0, 28)
-    for start in (1, 14, 20):
+    for start in (1, 20):
         rest, _ = read(loader(workers=workers, **DIGITS_STREAM), start, 28)
         assert equal(everything[start:], rest)
 
@@ -423,7 +423,7 @@ def served(made, start=0, stop=None):
     return [labels.tolist() for _, labels, _ in made.batches(0, start, stop or made.steps_per_epoch)]
 
 
-@pytest.mark.parametrize("world, workers", [(1, 0), (1, 3), (3, 1), (4, 2), (7, 0)])
+@pytest.mark.parametrize("world, workers", [(1, 0), (1, 3), (3, 1), (7, 0)])
 def test_uneven_shards_are_shared_without_loss_or_duplicates(uneven, world, workers):
     """Also with more readers than shards: each image at most once an epoch, the same number of steps for
     each process.

@@ -149,7 +149,8 @@ def test_a_soak_of_signals_ends_in_the_same_weights(changes, workers, tmp_path, 
     [
         (distill.Teacher, "__call__", 5, 5),
         pytest.param(log.Log, "accuracy", 1, 15, marks=pytest.mark.slow),
-        (log.Log, "state", 1, 30),  # inside of the only save, after the last step: nothing is left to stop
+        # inside of the only save, after the last step: nothing is left to stop
+        pytest.param(log.Log, "state", 1, 30, marks=pytest.mark.slow),
     ],
     ids=["teacher", "evaluation", "save"],
 )
@@ -369,7 +370,11 @@ def test_a_step_without_a_finite_gradient_counts_as_one_of_zeros(tmp_path, teach
     assert "NaN" not in (tmp_path / "5" / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("steps", [range(7, 1000), range(2, 1000, 2)], ids=["ten in a row", "more than 1 %"])
+@pytest.mark.parametrize(
+    "steps",
+    [range(7, 1000), pytest.param(range(2, 1000, 2), marks=pytest.mark.slow)],
+    ids=["ten in a row", "more than 1 %"],
+)
 def test_too_many_of_them_stop_the_run_with_a_dump(steps, tmp_path, teacher_file, monkeypatch, capsys):
     path, out = write(tmp_path / "r.json", **small(teacher_file)), tmp_path / "out"
     poisoned(monkeypatch, steps)

@@ -111,7 +111,7 @@ def test_a_run_on_a_fraction_resumes_to_the_bit_and_says_so(tmp_path, teacher_fi
 
 
 def test_a_student_learns_the_same_alone_and_in_company(tmp_path, teacher_file):
-    changes, few = distilled(teacher_file, epochs=1), ("--limit", 5)
+    changes, few = distilled(teacher_file, epochs=1), ("--limit", 4)
     changes["students"].append(hint("crd"))
     run(write(tmp_path / "r.json", **changes), tmp_path / "together", *few)
     names, reverse = ["alone", "kd", "dkd", "crd"], dict(changes, students=changes["students"][::-1])
