@@ -320,8 +320,8 @@ def evaluate(log, split, step, workers):
     scores = [(s.name, coco.average_precision(split.truth, found[s.name], ids)) for s in mine]
     scores = dict(gather_object(scores))
     for student in log.students:
-        place = {"n": len(ids), "step": step, "epoch": step / log.steps_per_epoch}
-        student.last = scores[student.name] | place
+        counts = {"n": len(ids), "step": step, "epoch": step / log.steps_per_epoch}
+        student.last = scores[student.name] | counts
     log.write(step, {f"{key}/{name}": value for name, ap in scores.items() for key, value in ap.items()})
     return found
 
@@ -381,8 +381,6 @@ def export(log, student, split, found):
 def result_of(log, step, backbones):
     """What result.json holds; the scores are those of the last evaluation."""
     rows, students = log.rows(), log.students
-    command = finish.environment(log.lead)
-    command["command"] = command["command"].replace("train.py", "detect.py", 1)
     curves = {s.name: finish.curve(rows, s.name, "step", detectors.Detector.terms) for s in students}
     accuracy = {s.name: finish.curve(rows, s.name, "epoch", ("ap_box", "ap_mask")) for s in students}
     described = [
@@ -395,14 +393,7 @@ def result_of(log, step, backbones):
         "curves": curves,
         "accuracy": accuracy,
         "teacher": None,
-        "steps": step,
-        "epochs": step / log.steps_per_epoch,
-        "limit": log.limit,
-        "seconds": round(log.seconds, 1),
-        "seconds_per_step": {name: round(total / step, 6) for name, total in log.clock.total.items()},
-        "images_per_second": round(step * log.settings.batch_size / log.seconds, 1),
-        **command,
-        "recipe": dataclasses.asdict(log.settings),
+        **finish.facts_of_run(log, step, "detect.py"),
     }
 
 

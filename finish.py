@@ -127,12 +127,11 @@ def _lesson(student, teacher):
 
 def result_of(log, step, teacher_scores):
     """What result.json holds: the last evaluation counts, the best is only logged."""
-    settings, students, rows = log.settings, log.students, log.rows()
-    seconds = {name: round(total / step, 6) for name, total in log.clock.total.items()}
-    log.lead.print("seconds a step: " + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()))
-    on_gpu = log.lead.device.type == "cuda"
+    students, rows, facts = log.students, log.rows(), facts_of_run(log, step, "train.py")
+    seconds = facts["seconds_per_step"].items()
+    log.lead.print("seconds a step: " + ", ".join(f"{name} {value:.3g}" for name, value in seconds))
     return {
-        "seed": settings.seed,
+        "seed": log.settings.seed,
         "students": [
             {"name": s.name, "parameters": count_parameters(s.net), "last": s.last, "best": s.best}
             for s in students
@@ -140,16 +139,25 @@ def result_of(log, step, teacher_scores):
         "curves": {s.name: curve(rows, s.name, "step", LOSS_CURVES) for s in students},
         "accuracy": {s.name: curve(rows, s.name, "epoch", ACCURACY_CURVES) for s in students},
         "teacher": teacher_scores,
+        **facts,
+    }
+
+
+def facts_of_run(log, step, script):
+    """What the result of a run of train.py or detect.py holds beside its scores; script: which of them."""
+    on_gpu = log.lead.device.type == "cuda"
+    return {
         "steps": step,
         "epochs": step / log.steps_per_epoch,
         "limit": log.limit,
         "seconds": round(log.seconds, 1),
-        "seconds_per_step": seconds,
+        "seconds_per_step": {name: round(total / step, 6) for name, total in log.clock.total.items()},
         "broken_images": len(log.loader.broken),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "images_per_second": round(step * settings.batch_size / log.seconds, 1),
+        "images_per_second": round(step * log.settings.batch_size / log.seconds, 1),
+        "command": shlex.join([script, *sys.argv[1:]]),
         **environment(log.lead),
-        "recipe": dataclasses.asdict(settings),
+        "recipe": dataclasses.asdict(log.settings),
     }
 
 
@@ -177,7 +185,7 @@ def curve(rows, name, x, metrics):
 
 
 def environment(accelerator):
-    """What a number needs beside it: command, commit, versions, hardware."""
+    """What a number needs beside it and its command: commit, versions, hardware."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     commit = (
         subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
@@ -188,7 +196,6 @@ def environment(accelerator):
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else _cpu_name()
     packages = (torch, timm, accelerate, datasets, np)
     return {
-        "command": shlex.join(["train.py", *sys.argv[1:]]),
         "commit": commit and commit + ("+changes" if changed else ""),
         "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in packages},
         "hardware": {"device": device, "cpus": os.cpu_count(), "processes": accelerator.num_processes},

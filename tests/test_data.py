@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import types
 import zlib
@@ -828,6 +830,21 @@ def test_workers_end_with_a_trainer_that_fails(tmp_path):
     assert exit_code(forked(trainer)) == 0
     pids = (tmp_path / "log").read_text().split()
     assert len(pids) == 2 and end(pids)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_fails():
+    """As above in a process of its own: nothing but its error is told."""
+    script = (
+        "import multiprocessing, workers\n"
+        "batches = iter(workers.Loader(range(10**6), num_workers=2))\n"
+        "next(batches)\n"
+        "print(*(process.pid for process in multiprocessing.active_children()))\n"
+        "raise SystemError\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stdout.split()) == 2 and end(done.stdout.split())
+    assert done.stderr.endswith("\nSystemError\n") and "killed" not in done.stderr
 
 
 # ---------------------------------------------------------------- resident sets

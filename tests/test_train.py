@@ -616,6 +616,14 @@ def test_what_a_run_leaves_behind(tmp_path, teacher_file, capsys):
     assert recipe.load(one / "recipe.json").seed == 1
 
 
+def test_a_seed_of_several_is_that_seed_alone(tmp_path, teacher_file):
+    """One loader serves the seeds."""
+    path, out = write(tmp_path / "r.json", **distilled(teacher_file)), tmp_path / "two"
+    train.main([str(path), "--out", str(out), "--workers", "0", "--limit", "3", "--set", "runs=2"])
+    run(path, tmp_path / "alone", "--limit", 3, "--set", "seed=2")
+    assert_same_run(tmp_path / "alone", out / "seed2")
+
+
 # ---------------------------------------------------------------- recipes
 
 
