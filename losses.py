@@ -2,47 +2,40 @@
 
 Copy this file into another project, or one loss on logits together with `_check_logits`.
 
-Distillation losses on logits are functions, `f(student_logits, teacher_logits, target, *, hyper=default)`:
+Distillation losses on logits are functions, `f(student_logits, teacher_logits, target, *, hyper=default)`,
+and so are label losses, `f(logits, target, *, smoothing=0.0)`. Both return a scalar:
 
-    student_logits, teacher_logits   [B, K], any floating dtype; the teacher's are detached here
-    target                           [B] class ids or [B, K] probabilities (mixup, cutmix); only `dkd` uses it
-    returns                          a scalar; float32 arithmetic whatever the input (float64 stays float64),
-                                     gradients in the dtype of `student_logits`
+    logits   [B, K], any floating dtype; the teacher's are detached. The arithmetic is float32 (float64 stays
+             float64), gradients have the dtype of the student's logits
+    target   [B] class ids or [B, K] probabilities (mixup, cutmix); only label losses and `dkd` use it
 
-Label losses are functions, `f(logits, target, *, smoothing=0.0)`. Distillation losses on features are
-modules, because most of them have parameters. They are built by `Loss(student_shapes, teacher_shapes,
-labels=None, *, hyper=default)` and called by `loss(student_features, teacher_features, target, index)`:
+Distillation losses on features are modules, because most have parameters, which are trained with the student
+but are not part of it. `Loss(student_shapes, teacher_shapes, labels=None, *, hyper=default)` builds one, and
+`loss(student_features, teacher_features, target, index)` returns a scalar:
 
     shapes          shapes of the features of one image, from shallow to deep, the pooled vector last:
                     [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (2048,)]
     features        tensors [B, *shape] in that order; dtypes and teacher as above; autocast is off inside
     labels, index   class id of every training image [n_data], and the ids of the images of the batch [B]
 
-Their parameters are trained with the student but are not part of it.
-Bad shapes raise ValueError naming the shapes.
+Bad shapes raise ValueError naming the shapes. Reductions differ between the repositories that these numbers
+are compared with; changing one silently changes a recipe:
 
-Reductions differ between the repositories that these numbers are compared with; changing one silently changes
-a recipe:
+    kd, dkd                T^2, sum over K, mean over B              vanillaKD, mdistiller, RepDistiller, timm
+    dist                   T^2, mean over B (rows), K (columns)      vanillaKD, DIST_KD
+    bkl(reduction="mean")  mean over B and K                         vanillaKD, for the paper's Table 4
+    bkl(reduction="sum")   sum over K, mean over B                   the paper's equation (3)
+    cross_entropy          sum over K, mean over B                   all of them
+    binary_cross_entropy   mean over B and K                         vanillaKD, timm BinaryCrossEntropy
+    cc                     sum over D, mean over B - 1 neighbours    RepDistiller; vanillaKD: times 0.02
+    rkd                    mean over B^2 pairs and B^3 triples       vanillaKD, mdistiller, RepDistiller
+    crd                    sum over negatives, mean over B           vanillaKD, mdistiller, RepDistiller
+    reviewkd               mean over B, C, places; sum over levels   vanillaKD, mdistiller, ReviewKD
 
-    loss                   classes   batch   factor   as in
-    kd, dkd                sum       mean    T^2      vanillaKD, mdistiller, RepDistiller, timm
-    dist                   -         mean    T^2      DIST_KD, vanillaKD (rows: mean over B, columns: over K)
-    bkl(reduction="mean")  mean      mean    1        vanillaKD losses/bkd.py: made the paper's Table 4
-    bkl(reduction="sum")   sum       mean    1        the paper's equation (3)
-    cross_entropy          sum       mean    1        all of them
-    binary_cross_entropy   mean      mean    1        timm BinaryCrossEntropy, as vanillaKD uses it
-
-    loss      reduction                                                as in
-    cc        sum over D, mean over the B - 1 neighbours in the batch  RepDistiller; vanillaKD: times 0.02
-    rkd       mean over B^2 pairs and B^3 triples, i = j included      vanillaKD, mdistiller, RepDistiller
-    crd       sum over the negatives, mean over B                      vanillaKD, mdistiller, RepDistiller
-    reviewkd  mean over B, C and places; sum over the levels           vanillaKD, mdistiller, ReviewKD
-
-Paper: Hao et al., "Revisit the Power of Vanilla Knowledge Distillation", NeurIPS 2023; code:
-Hao840/vanillaKD.
+"The paper" is Hao et al., "Revisit the Power of Vanilla Knowledge Distillation", NeurIPS 2023, and vanillaKD
+its code, github.com/Hao840/vanillaKD.
 """
 
-import difflib
 import functools
 import inspect
 import math
@@ -59,7 +52,6 @@ def kd(student_logits, teacher_logits, target=None, *, temperature=1.0):
     """Vanilla knowledge distillation (Hinton et al. 2015; paper eq. 1, second term).
 
     T^2 * mean_B sum_K p_t (log p_t - log p_s), with p = softmax(z / T).
-    Reference: vanillaKD losses/kd.py.
     """
     student, teacher = _check_logits(student_logits, teacher_logits, temperature=temperature)
     log_p_student = F.log_softmax(student / temperature, dim=1)
@@ -73,7 +65,6 @@ def dkd(student_logits, teacher_logits, target, *, alpha=1.0, beta=2.0, temperat
     T^2 * mean_B [alpha * KL(b_t || b_s) + beta * KL(q_t || q_s)], where b = [p_y, 1 - p_y] and q is the
     softmax over the classes other than the target y. Soft targets [B, K] are reduced to their argmax, as
     vanillaKD does. alpha=1, beta=1-p_t(y) per sample gives `kd`. Raises ValueError at K = 1.
-    Reference: mdistiller DKD.py, vanillaKD losses/dkd.py.
     """
     student, teacher = _check_logits(student_logits, teacher_logits, target, temperature)
     if student.shape[1] < 2:
@@ -105,7 +96,6 @@ def dist(student_logits, teacher_logits, target=None, *, beta=1.0, gamma=1.0, te
     T^2 * [beta * (1 - mean_B corr(rows)) + gamma * (1 - mean_K corr(columns))], with Pearson correlations
     between softmax(z / T) of the student and of the teacher. The column term compares classes across the
     batch *of this process*: it changes with the batch size, and at B = 1 it is the constant gamma * T^2.
-    Reference: DIST_KD, vanillaKD losses/dist.py.
     """
     student, teacher = _check_logits(student_logits, teacher_logits, temperature=temperature)
     p_student = (student / temperature).softmax(dim=1)
@@ -130,11 +120,8 @@ def dist(student_logits, teacher_logits, target=None, *, beta=1.0, gamma=1.0, te
 def bkl(student_logits, teacher_logits, target=None, *, reduction="mean"):
     """Binary KL divergence (paper eq. 3): a binary problem per class, p_s = sigmoid(z_s), p_t = softmax(z_t).
 
-    reduction="mean"  binary cross-entropy, mean over batch and classes, teacher entropy not subtracted:
-                      vanillaKD losses/bkd.py, which made the published Table 4.
-    reduction="sum"   equation 3: sum over classes, mean over the batch, teacher entropy subtracted (0 where
-                      p_s = p_t).
-    The gradients differ by the factor K only. Raises ValueError for any other reduction.
+    reduction="mean" is the binary cross-entropy of vanillaKD; "sum" is equation 3, with the teacher's entropy
+    subtracted (0 where p_s = p_t). The gradients differ by the factor K only. ValueError for any other.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"bkl: reduction must be 'mean' or 'sum', got {reduction!r}")
@@ -153,11 +140,7 @@ def bkl(student_logits, teacher_logits, target=None, *, reduction="mean"):
 
 
 def cross_entropy(logits, target, *, smoothing=0.0):
-    """Softmax cross-entropy, sum over classes, mean over the batch.
-
-    logits [B, K]; target [B] ids or [B, K] probabilities. `smoothing` s mixes the target with the uniform
-    distribution: (1 - s) * target + s / K, as timm and torch do.
-    """
+    """Softmax cross-entropy of the target (1 - smoothing) * target + smoothing / K, as in timm and torch."""
     logits, _ = _check_logits(logits, logits, target)
     target = target.long() if target.ndim == 1 else target.to(logits.dtype)
     no_label = torch.iinfo(torch.long).min  # by default, images labelled -100 would be left out
@@ -167,8 +150,7 @@ def cross_entropy(logits, target, *, smoothing=0.0):
 def binary_cross_entropy(logits, target, *, smoothing=0.0):
     """Sigmoid cross-entropy, **mean over batch and classes** as timm's BinaryCrossEntropy: 1/K of the sum.
 
-    With K = 1000 its gradient is a few per cent of that of `kd`, so it has little effect in the recipes A1
-    and A2 (paper, Table 4). Arguments as of `cross_entropy`.
+    At K = 1000 its gradient is a few per cent of that of `kd`: it has little effect in the recipes A1 and A2.
     """
     logits, _ = _check_logits(logits, logits, target)
     if target.ndim == 1:
@@ -178,9 +160,8 @@ def binary_cross_entropy(logits, target, *, smoothing=0.0):
 
 
 def _check_logits(student_logits, teacher_logits, target=None, temperature=1.0):
-    """Check the input of a loss on logits; return both logits in float32 or better, the teacher's detached.
+    """Both logits in float32 or better, the teacher's detached; a label loss passes its logits twice.
 
-    float16 overflows at 65504 and resolves probabilities to 3 digits. A label loss passes its logits twice.
     Raises ValueError for logits that are not [B, K] of one shape, a target that does not fit them, and a
     temperature that is not positive.
     """
@@ -188,7 +169,6 @@ def _check_logits(student_logits, teacher_logits, target=None, temperature=1.0):
         if not (logits.is_floating_point() and logits.ndim == 2 and logits.numel()):
             got = f"{logits.dtype} of shape {tuple(logits.shape)}"
             raise ValueError(f"expected floating-point logits of shape [B, K], got {got}")
-
     shape, teacher_shape = tuple(student_logits.shape), tuple(teacher_logits.shape)
     if teacher_shape != shape:
         raise ValueError(f"student logits {shape} and teacher logits {teacher_shape} differ in shape")
@@ -200,9 +180,8 @@ def _check_logits(student_logits, teacher_logits, target=None, temperature=1.0):
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
-    both = (student_logits, teacher_logits.detach())
-    student, teacher = (z if z.dtype == torch.float64 else z.float() for z in both)
-    return student, teacher
+    # float16 overflows at 65504 and resolves probabilities to 3 digits
+    return [z if z.dtype == torch.float64 else z.float() for z in (student_logits, teacher_logits.detach())]
 
 
 # ---------------------------------------------------------------- distillation losses on features
@@ -213,22 +192,18 @@ class CC(nn.Module):
 
     e = W f + b for the pooled features of student and teacher, d = |e_s - e_t| [B, D]: mean over n < B of
     <d_n, d_{n+1}>. It depends on the order of the batch; and as both embeddings are trained, they can lower
-    it without the student. The recipe's weight holds the 0.02 of vanillaKD's class and RepDistiller's `-b`.
-
-    Parameters: `embed_student`, `embed_teacher`; vanillaKD's `embed_s.linear`, `embed_t.linear`.
-    Raises ValueError at B = 1.
+    it without the student. The recipe's weight holds the 0.02 of vanillaKD. Raises ValueError at B = 1.
     """
 
     def __init__(self, student_shapes, teacher_shapes, labels=None, *, dim=128):
         super().__init__()
         self.shapes = _deepest_shapes(student_shapes, teacher_shapes, 1)
-        _check_positive(dim=dim)
         (student,), (teacher,) = self.shapes
         self.embed_student = nn.Linear(math.prod(student), dim)
         self.embed_teacher = nn.Linear(math.prod(teacher), dim)
 
     def forward(self, student_features, teacher_features, target=None, index=None):
-        student, teacher = _pooled(student_features, teacher_features, self.shapes, least=2)
+        student, teacher = _pooled(student_features, teacher_features, self.shapes)
         with torch.autocast(student.device.type, enabled=False):
             difference = (self.embed_student(student) - self.embed_teacher(teacher)).abs()
             return (difference[:-1] * difference[1:]).sum(dim=1).mean()
@@ -239,11 +214,10 @@ class RKD(nn.Module):
 
     distance * L(d_ij / mean d) + angle * L(cos_ijk): d_ij = |f_i - f_j|, cos_ijk the cosine of the angle at i
     between j and k, L the smooth L1 loss between student and teacher, mean over all B^2 pairs and B^3
-    triples. `squared` takes d^2 for d in the first term. Invariant to translation, scale and rotation of the
-    features and to the order of the batch. Raises ValueError at B = 1.
+    triples, i = j included. `squared` takes d^2 for d in the first term. Raises ValueError at B = 1.
 
-    Reference: vanillaKD losses/rkd.py, mdistiller RKD.py; both build [B, B, D] tensors (4 x 512 MB at
-    B = 256, D = 2048). Here distances come from the Gram matrix, and the cosines are computed in blocks.
+    The references build [B, B, D] tensors (4 x 512 MB at B = 256, D = 2048). Here distances come from the
+    Gram matrix, and the cosines are computed in blocks.
     """
 
     block = 2**20  # cosines held at a time: 4 MB, which fits the cache of a CPU; all B^3 are 4 GB at B = 1024
@@ -256,7 +230,7 @@ class RKD(nn.Module):
         self.distance, self.angle, self.squared = distance, angle, squared
 
     def forward(self, student_features, teacher_features, target=None, index=None):
-        student, teacher = _pooled(student_features, teacher_features, self.shapes, least=2)
+        student, teacher = _pooled(student_features, teacher_features, self.shapes)
         with torch.autocast(student.device.type, enabled=False):
             squares = [_square_distances(x) for x in (student, teacher)]
             roots = [square.clamp_min(1e-12).sqrt() for square in squares]  # 1e-12 as in the references
@@ -266,21 +240,26 @@ class RKD(nn.Module):
             return loss
 
     def _angle_loss(self, squares, roots):
-        """Mean smooth L1 of the B^3 cosines; `squares`, `roots`: [d_student^2, d_teacher^2], their roots."""
+        """Mean smooth L1 of the B^3 cosines, by the law of cosines from d^2 and d of student and teacher."""
         # A pair at distance 0 has no angle and no gradient. The references divide by 1e-12 there: a gradient
         # of 4e10 for two equal student rows.
-        pairs = zip(roots, squares, strict=True)
-        halves = [(0.5**0.5 / root).masked_fill(square == 0, 0.0) for root, square in pairs]
+        sides = [(s, (0.5**0.5 / r).masked_fill(s == 0, 0.0)) for s, r in zip(squares, roots, strict=True)]
+        size = len(squares[0])
 
-        size, total = len(squares[0]), 0.0
+        def block(rows):
+            """Sum over the cosines [len(rows), B, B] at the corners `rows`."""
+            cosines = [
+                (square[rows, :, None] + square[rows, None, :] - square)
+                * (half[rows, :, None] * half[rows, None, :])  # 1 / (2 d_ij d_ik)
+                for square, half in sides
+            ]
+            return F.smooth_l1_loss(*cosines, reduction="sum")
+
         step = max(1, self.block // size**2)
-        for start in range(0, size, step):
-            rows = slice(start, start + step)
-            sides = (*squares, *halves)
-            # recomputed in the backward pass: autograd would keep all B^3 cosines until then
-            block = checkpoint(_angle_block, rows, *sides, use_reentrant=False, preserve_rng_state=False)
-            total = total + block / size**3
-        return total
+        blocks = (slice(start, start + step) for start in range(0, size, step))
+        # recomputed in the backward pass: autograd would keep all B^3 cosines until then
+        parts = (checkpoint(block, rows, use_reentrant=False, preserve_rng_state=False) for rows in blocks)
+        return sum(part / size**3 for part in parts)
 
 
 def _square_distances(x):
@@ -299,36 +278,19 @@ def _relative(distances):
     return distances / (distances.sum() / (len(distances) * (len(distances) - 1)))
 
 
-def _angle_block(rows, square_student, square_teacher, half_student, half_teacher):
-    """Sum of smooth L1 between the cosines [len(rows), B, B] of student and teacher at the corners `rows`.
-
-    Law of cosines: cos_ijk = (d_ij^2 + d_ik^2 - d_jk^2) / (2 d_ij d_ik), with half_ij = 1 / (sqrt(2) d_ij).
-    """
-
-    def cosines(square, half):
-        numerator = square[rows, :, None] + square[rows, None, :] - square
-        return numerator * (half[rows, :, None] * half[rows, None, :])
-
-    student, teacher = cosines(square_student, half_student), cosines(square_teacher, half_teacher)
-    return F.smooth_l1_loss(student, teacher, reduction="sum")
-
-
 class CRD(nn.Module):
     """Contrastive representation distillation (Tian et al., ICLR 2020) on the pooled features.
 
     v = W f + b at length 1; two banks hold a running average of v for every training image. Over the image
     itself (j = 0) and K `negatives` of other classes, for the student (for the teacher with the banks
     exchanged),
+
         x_j = exp(<v_student, bank_teacher[j]> / temperature) / z,    c = K / n_data
         -mean_B [log x_0 / (x_0 + c) + sum_{j>0} log c / (x_j + c)]
-    and then bank[i] = unit(momentum * bank[i] + (1 - momentum) * v_i). z is the mean of n_data * exp over the
-    first batch. Reference: RepDistiller crd/, vanillaKD losses/crd.py (negatives from a table of 5 GB).
 
-    labels [n_data] class ids, in the order of the ids that forward gets as `index` [B]. ValueError if None.
-    Parameters: `embed_student`, `embed_teacher`; vanillaKD's `embed_s.linear`, `embed_t.linear`.
-    Buffers: `bank_student`, `bank_teacher` [n_data, dim] and `z` [2], 0 until it is set; vanillaKD's
-    `contrast.memory_v1`, `contrast.memory_v2` and `contrast.params[2:4]`.
-    Memory: `bank_bytes`; during a step also [B, n_data] on a GPU, else [B, 16 (K + 1)].
+    and then bank[i] = unit(momentum * bank[i] + (1 - momentum) * v_i). z is the mean of n_data * exp over the
+    first batch. Buffers: `bank_student`, `bank_teacher` [n_data, dim]; `z` [2], 0 until it is set. Memory:
+    `bank_bytes`, and [B, n_data] during a step. Raises ValueError without `labels`.
     """
 
     def __init__(
@@ -344,17 +306,31 @@ class CRD(nn.Module):
     ):
         super().__init__()
         self.shapes = _deepest_shapes(student_shapes, teacher_shapes, 1)
-        labels = _check_labels(labels)
-        _check_positive(dim=dim, negatives=negatives, temperature=temperature)
+        if labels is None:
+            raise ValueError(
+                "crd draws negatives by class: it needs the labels of all training images, in the order of "
+                "their ids. A stream has neither: use data that is read by index (streaming: false)"
+            )
+        if labels.is_floating_point() or labels.min() < 0 or labels.min() == labels.max():
+            got = f"{labels.dtype}, {labels.min()} to {labels.max()}"
+            raise ValueError(f"crd needs class ids [n_data] from 0, of two or more classes, got {got}")
+        if not (negatives > 0 and temperature > 0):
+            got = f"{negatives} and {temperature}"
+            raise ValueError(f"crd: negatives and temperature must be positive, got {got}")
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
         (student,), (teacher,) = self.shapes
         self.embed_student = nn.Linear(math.prod(student), dim)
         self.embed_teacher = nn.Linear(math.prod(teacher), dim)
 
-        self.register_buffer("bank_student", _first_bank(len(labels), dim, seed=0))
-        self.register_buffer("bank_teacher", _first_bank(len(labels), dim, seed=1))
+        bound = (3 / dim) ** 0.5
+        for seed, name in enumerate(("bank_student", "bank_teacher")):
+            # the same in every process, whatever it drew before
+            draws = torch.Generator().manual_seed(seed)
+            bank = torch.empty(len(labels), dim).uniform_(-bound, bound, generator=draws)
+            self.register_buffer(name, bank)
         self.register_buffer("z", torch.zeros(2))
         # Ids sorted by class: each class is one block, which a uniform draw of negatives skips.
+        labels = labels.long()
         sizes = labels.bincount()
         starts = sizes.cumsum(0) - sizes
         self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
@@ -372,11 +348,10 @@ class CRD(nn.Module):
         return 2 * n_data * dim * 4
 
     def forward(self, student_features, teacher_features, target=None, index=None):
-        student, teacher = _pooled(student_features, teacher_features, self.shapes)
+        student, teacher = _pooled(student_features, teacher_features, self.shapes, least=1)
         if index is None or index.shape != student.shape[:1]:
-            got = None if index is None else tuple(index.shape)
-            features = tuple(student.shape)
-            raise ValueError(f"crd needs index [B], the ids of the images of features {features}, got {got}")
+            got = f"{tuple(student.shape)}, got {None if index is None else tuple(index.shape)}"
+            raise ValueError(f"crd needs index [B], the ids of the images of features {got}")
         with torch.autocast(student.device.type, enabled=False):
             v_student, v_teacher = _unit(self.embed_student(student)), _unit(self.embed_teacher(teacher))
             return self.contrast(v_student, v_teacher, index, self.sample(index))
@@ -392,14 +367,15 @@ class CRD(nn.Module):
     def contrast(self, v_student, v_teacher, index, sampled):
         """Loss of unit rows v [B, D] against the bank rows `sampled` [B, 1 + K], the positive first.
 
-        Updates the banks in training mode. The gradient is computed here: autograd would keep the scores, and
-        on a CPU the rows [B, 1 + K, D], until the backward pass.
+        Updates the banks in training mode. The gradient is computed here: autograd would keep the scores.
         """
         v, banks = torch.stack([v_student, v_teacher]), (self.bank_teacher, self.bank_student)
         with torch.no_grad():
-            scores = torch.stack([_products(x, bank, sampled) for x, bank in zip(v, banks, strict=True)])
-            value, slopes = self._value_and_slopes(scores / self.temperature)
-            gradient = [_weighted_rows(x, bank, sampled) for x, bank in zip(slopes, banks, strict=True)]
+            # products with all rows: faster than copying the sampled ones, on a CPU for n_data < 16 K
+            scores = [(x @ bank.T).gather(1, sampled) for x, bank in zip(v, banks, strict=True)]
+            value, slopes = self._value_and_slopes(torch.stack(scores) / self.temperature)
+            weights = (x.new_zeros(len(x), len(self.by_class)).scatter_add_(1, sampled, x) for x in slopes)
+            gradient = [w @ bank for w, bank in zip(weights, banks, strict=True)]
             gradient = torch.stack(gradient) / self.temperature
         pull = (v * gradient).sum()
         loss = value + (pull - pull.detach())  # `value`, with `gradient` by v
@@ -438,57 +414,6 @@ class CRD(nn.Module):
             bank.index_copy_(0, index, _unit(self.momentum * bank[index] + (1 - self.momentum) * v[last]))
 
 
-def _check_labels(labels):
-    """CRD's labels as int64; raises ValueError if they are missing, are no class ids or are all the same."""
-    if labels is None:
-        raise ValueError(
-            "crd draws negatives by class from a bank with a row for every training image: it needs the "
-            "labels of all images, in the order of their ids. A stream has neither: use data that is read by "
-            "index (streaming: false)"
-        )
-    if labels.ndim != 1 or labels.is_floating_point() or labels.numel() == 0 or labels.min() < 0:
-        got = f"{labels.dtype} of shape {tuple(labels.shape)}"
-        raise ValueError(f"labels must be class ids [n_data] from 0, got {got}")
-    if labels.min() == labels.max():
-        same = f"all {len(labels)} labels are {labels[0].item()}"
-        raise ValueError(f"crd draws negatives from other classes, but {same}")
-    return labels.long()
-
-
-def _first_bank(n_data, dim, seed):
-    """[n_data, dim], uniform within sqrt(3 / dim): the same in every process, whatever it drew before."""
-    # Four numbers of 16 bits from each draw of 64 bits: a float32 each would take longer.
-    generator = torch.Generator().manual_seed(seed)
-    bits = torch.empty(-(-n_data * dim // 4), dtype=torch.long).random_(-(2**63), None, generator=generator)
-    bank = bits.view(torch.int16)[: n_data * dim].view(n_data, dim).float()
-    return bank.add_(0.5).mul_((3 / dim) ** 0.5 / 2**15)
-
-
-def _products(v, bank, ids):
-    """v [B, D], ids [B, N] of rows of the bank [n, D] -> <v_i, bank[ids_ij]> [B, N]."""
-    if _whole_bank(bank, ids):
-        return (v @ bank.T).gather(1, ids)
-    # [B, N, D] at once would be 2 GB; index_select takes a third of the time of bank[rows]
-    return torch.stack([bank.index_select(0, rows) @ x for x, rows in zip(v, ids, strict=True)])
-
-
-def _weighted_rows(weight, bank, ids):
-    """weight, ids [B, N] -> sum_j weight_ij bank[ids_ij] [B, D]."""
-    if _whole_bank(bank, ids):
-        return weight.new_zeros(len(ids), len(bank)).scatter_add_(1, ids, weight) @ bank
-    return F.embedding_bag(ids, bank, per_sample_weights=weight, mode="sum")
-
-
-def _whole_bank(bank, ids):
-    """Whether to multiply by all n rows of the bank instead of copying the N sampled rows of each image.
-
-    On a CPU, copying a row takes as long as 16 products with a row: on CIFAR (n = 3 N) the products are ten
-    times as fast, on ImageNet (n = 78 N) the copies take a third of their time. On a GPU the products are
-    cheap, and a loop over the images would be bound by the time to launch its kernels.
-    """
-    return bank.is_cuda or len(bank) <= 16 * ids.shape[1]
-
-
 def _unit(x, eps=1e-6):
     """Rows of x [B, D] at length 1; a row shorter than eps becomes 0 without gradient (references: nan)."""
     norm = x.norm(dim=1, keepdim=True)
@@ -502,28 +427,24 @@ class ReviewKD(nn.Module):
     to x, x = a_0 x + a_1 deeper; conv2(x), at the teacher's size, is compared with the teacher's level, and x
     goes on to the next level. A comparison is the mean squared error of the maps and of their averages over
     4x4, 2x2 and 1x1 places (of those smaller than the map; a side shorter than that stays), with weights 1,
-    1/2, 1/4.. divided by their sum. The levels are summed.
+    1/2, 1/4.. divided by their sum. The levels are summed. x is as wide as the student's deepest level, at
+    most `mid`.
 
-    All features count, the pooled vector as a 1x1 map. Student and teacher are matched from the deepest;
-    features that only one of them has are left out. Sizes are read from the features: any resolution works,
-    square or not. Batch statistics are those of this process: raises ValueError at B = 1. x is as wide as the
-    student's deepest level, at most `mid`. Parameters: `levels.I.conv1`, `.conv2`, `.attention`; vanillaKD's
-    `abfs.I.conv1`, `.conv2`, `.att_conv.0`; level 0 is the deepest.
+    All features count, the pooled vector as a 1x1 map, matched from the deepest, at any resolution. Batch
+    statistics are those of this process. Raises ValueError at B = 1.
     """
 
     def __init__(self, student_shapes, teacher_shapes, labels=None, *, mid=512):
         super().__init__()
-        _check_positive(mid=mid)
         count = min(len(student_shapes), len(teacher_shapes))
         self.shapes = _deepest_shapes(student_shapes, teacher_shapes, count)
-        widths = [(student[0], teacher[0]) for student, teacher in zip(*self.shapes, strict=True)]
-        widths.reverse()
+        widths = [(student[0], teacher[0]) for student, teacher in zip(*self.shapes, strict=True)][::-1]
         mid = min(mid, widths[0][0])
-        levels = [_Level(width, mid, out, deepest=i == 0) for i, (width, out) in enumerate(widths)]
+        levels = (_Level(width, mid, out, deepest=i == 0) for i, (width, out) in enumerate(widths))
         self.levels = nn.ModuleList(levels)
 
     def forward(self, student_features, teacher_features, target=None, index=None):
-        student, teacher = _check_features(student_features, teacher_features, self.shapes, least=2)
+        student, teacher = _check_features(student_features, teacher_features, self.shapes)
         pairs = zip(reversed(student), reversed(teacher), strict=True)
         loss, deeper = 0.0, None
         with torch.autocast(student[0].device.type, enabled=False):
@@ -577,37 +498,27 @@ def _deepest_shapes(student_shapes, teacher_shapes, count):
     return sides
 
 
-def _check_positive(**hyper):
-    for name, value in hyper.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-
-
-def _check_features(student_features, teacher_features, shapes, least=1):
+def _check_features(student_features, teacher_features, shapes, least=2):
     """The deepest features, as many as there are shapes, in float32 or better, the teacher's detached.
 
     Raises ValueError if they do not have the shapes, and for a batch of fewer than `least` images. Height and
     width are not compared: the images may have another size than those that gave the shapes.
     """
-    student, teacher = student_features[-len(shapes[0]) :], teacher_features[-len(shapes[1]) :]
-    batch = len(student[0]) if student else 0
-    for name, features, side in zip(("student", "teacher"), (student, teacher), shapes, strict=True):
+    both = student_features[-len(shapes[0]) :], [x.detach() for x in teacher_features[-len(shapes[1]) :]]
+    batch = len(both[0][-1]) if both[0] else 0
+    for name, features, side in zip(("student", "teacher"), both, shapes, strict=True):
         expected = [(len(shape) + 1, batch, shape[0]) for shape in side]
         if [(x.ndim, *x.shape[:2]) for x in features] != expected:
             sizes = [tuple(x.shape) for x in features]
             wanted = f"a batch of {batch} of the shapes {side} this loss was built for"
             raise ValueError(f"{name} features {sizes} are not {wanted}")
     if batch < least:
-        got = tuple(student[-1].shape)
+        got = tuple(both[0][-1].shape)
         raise ValueError(f"this loss compares the images of a batch, it needs {least} or more, got {got}")
-
-    def convert(x):
-        return x if x.dtype == torch.float64 else x.float()
-
-    return [convert(x) for x in student], [convert(x.detach()) for x in teacher]
+    return [[x if x.dtype == torch.float64 else x.float() for x in features] for features in both]
 
 
-def _pooled(student_features, teacher_features, shapes, least=1):
+def _pooled(student_features, teacher_features, shapes, least=2):
     """The last features as [B, D_s] and [B, D_t]; a map counts flattened."""
     (student,), (teacher,) = _check_features(student_features, teacher_features, shapes, least)
     return student.flatten(1), teacher.flatten(1)
@@ -615,17 +526,8 @@ def _pooled(student_features, teacher_features, shapes, least=1):
 
 # ---------------------------------------------------------------- by name
 
-LOSSES = {
-    "kd": kd,
-    "dkd": dkd,
-    "dist": dist,
-    "bkl": bkl,
-    "cc": CC,
-    "rkd": RKD,
-    "crd": CRD,
-    "reviewkd": ReviewKD,
-}
-LABEL_LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
+LOSSES = {loss.__name__.lower(): loss for loss in (kd, dkd, dist, bkl, CC, RKD, CRD, ReviewKD)}
+LABEL_LOSSES = {loss.__name__: loss for loss in (cross_entropy, binary_cross_entropy)}
 
 
 def make_loss(name, known=LOSSES, **hyper):
@@ -636,23 +538,14 @@ def make_loss(name, known=LOSSES, **hyper):
     Raises ValueError for an unknown name or hyper-parameter, naming it and the known ones.
     """
     if name not in known:
-        raise ValueError(f"unknown loss {name!r}{_nearest(name, known)}; known: {', '.join(known)}")
+        raise ValueError(f"unknown loss {name!r}; known: {', '.join(known)}")
     parameters = inspect.signature(known[name]).parameters.values()
     accepted = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    kinds = {bool: "true or false", str: "text", int: "a number", float: "a number"}
     for key, value in hyper.items():
         if key not in accepted:
-            near = _nearest(key, accepted)
-            raise ValueError(f"loss {name!r} has no argument {key!r}{near}; known: {', '.join(accepted)}")
-        if _kind(value) != _kind(accepted[key]):
-            raise ValueError(f"loss {name!r}: {key} must be {_kind(accepted[key])}, got {value!r}")
+            raise ValueError(f"loss {name!r} has no argument {key!r}; known: {', '.join(accepted)}")
+        expected = kinds[type(accepted[key])]
+        if kinds.get(type(value)) != expected:
+            raise ValueError(f"loss {name!r}: {key} must be {expected}, got {value!r}")
     return functools.partial(known[name], **hyper)
-
-
-def _kind(value):
-    kinds = {bool: "true or false", str: "text", int: "a number", float: "a number"}
-    return kinds.get(type(value), type(value).__name__)
-
-
-def _nearest(word, known):
-    match = difflib.get_close_matches(str(word), known, n=1)
-    return f", did you mean {match[0]!r}?" if match else ""
