@@ -18,19 +18,10 @@ from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, RandAugment
 
 # ---------------------------------------------------------------- what is drawn
 
-WARPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
-TABLES = (  # operations on single values
-    "Invert",
-    "Posterize",
-    "PosterizeIncreasing",
-    "PosterizeOriginal",
-    "Solarize",
-    "SolarizeIncreasing",
-    "SolarizeAdd",
-    "Brightness",
-    "BrightnessIncreasing",
-)
-COLOURS = ("Color", "ColorIncreasing", "Desaturate")
+# how timm's names begin, of operations ...
+WARPS = ("Rotate", "Shear", "Translate")
+TABLES = ("Invert", "Posterize", "Solarize", "Brightness")  # ... on single values
+COLOURS = ("Color", "Desaturate")
 
 
 def with_recorded_operations(transform):
@@ -48,7 +39,7 @@ def with_recorded_operations(transform):
 
 def _record(name, operations, value=0.0, *, resample, fillcolor):
     cubic = False
-    if name in WARPS:  # timm draws a warp's kernel only when it warps
+    if name.startswith(WARPS):  # timm draws a warp's kernel only when it warps
         kernel = random.choice(resample) if isinstance(resample, (tuple, list)) else resample
         cubic = kernel_name(kernel) == "bicubic"
     return [*operations, (name, value, cubic)]
@@ -73,10 +64,9 @@ TRUNCATE = -0.5 + 1 / 4096
 class Painter:
     """timm's RandAugment on uint8 arrays [size, size, 3], in place.
 
-    Compared with timm's operations on PIL images of the same array: equal where a table of 256 values does
-    it (TABLES, contrast, autocontrast, equalize); within 1 level for colour, sharpness, shears,
-    translations and bilinear rotation. Bicubic rotation and blurs are left to PIL. Buffers are kept: memory
-    fresh from the kernel costs more than the arithmetic.
+    Equal to timm's operations on PIL images, or within 1 level for colour, sharpness, shears, translations
+    and bilinear rotation. What gains less is left to PIL. Buffers are kept: memory fresh from the kernel
+    costs more than the arithmetic.
     """
 
     def __init__(self, size):
@@ -97,18 +87,9 @@ class Painter:
 
     def __call__(self, image, operations):
         for name, value, cubic in operations:
-            if name in TABLES:
-                cv2.LUT(image, _table(name, value), dst=image)
-            elif name.startswith("Contrast"):
-                mean = cv2.mean(cv2.transform(image, GREY, dst=self.grey))[0]
-                cv2.LUT(image, _contrast_table(mean, value), dst=image)
-            elif name == "AutoContrast":
-                bounds = [cv2.minMaxLoc(channel)[:2] for channel in cv2.split(image)]
-                self._look_up(image, [_autocontrast_table(*pair) for pair in bounds])
-            elif name == "Equalize":
-                counts = [cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)]
-                self._look_up(image, [_equalize_table(count.astype(np.int64)) for count in counts])
-            elif name in COLOURS:
+            if name.startswith(TABLES):
+                cv2.LUT(image, np.asarray(_timm_operation(name, RAMP, value))[0], dst=image)
+            elif name.startswith(COLOURS):
                 cv2.cvtColor(cv2.transform(image, GREY, dst=self.grey), cv2.COLOR_GRAY2RGB, dst=self.other)
                 self._blend(image, min(max(1 - value, 0.0), 1.0) if name == "Desaturate" else value)
             elif name.startswith("Sharpness"):
@@ -118,27 +99,21 @@ class Painter:
                 self._blend(image, value)
             elif name == "Rotate" and not cubic:
                 self._rotate(image, value)
-            elif name in WARPS and name != "Rotate":
-                shift = _shift(name, value, self.size)
-                self._slide(image, shift, cubic, vertically="Y" in name, uniform="Translate" in name)
+            elif name.startswith(("Shear", "Translate")):
+                self._slide(image, name, value, cubic)
             else:
-                kernel = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
-                painted = _timm_operation(
-                    name, Image.fromarray(image), value, resample=kernel, fillcolor=FILL
-                )
-                np.copyto(image, np.asarray(painted))
-
-    def _look_up(self, image, tables):
-        """A table for each channel."""
-        cv2.LUT(image, np.stack(tables, axis=1)[None], dst=image)
+                options = {"resample": Image.Resampling.BICUBIC, "fillcolor": FILL}
+                np.copyto(image, _timm_operation(name, Image.fromarray(image), value, **options))
 
     def _blend(self, image, factor):
         """image * factor + other * (1 - factor)."""
         cv2.addWeighted(image, factor, self.other, 1 - factor, TRUNCATE, dst=image)
 
-    def _slide(self, image, shift, cubic, *, vertically, uniform):
-        """Each row (vertically: column) resampled `shift` pixels further on; uniform: all by as many."""
-        n = self.size
+    def _slide(self, image, name, value, cubic):
+        """Each row (of Y: column) resampled `shift` pixels further to the right (of Y: below)."""
+        n, vertically, shears = self.size, "Y" in name, "Shear" in name
+        distance = value * n if "Rel" in name else value
+        shift = value * (np.arange(n) + 0.5) if shears else np.full(n, distance, np.float64)
         source = cv2.transpose(image, dst=self.other) if vertically else image
         self.wide[:, n : 2 * n] = source
         self.wide[:, n - 3 : n], self.wide[:, 2 * n : 2 * n + 3] = source[:, :1], source[:, -1:]
@@ -147,36 +122,39 @@ class Painter:
         first = np.clip(whole.astype(np.int64), 2 - n, n - 4) + n - 1
         weights = np.stack(_weights(shift - whole, cubic)).astype(np.float32)
         result = self.other if vertically else image
-        if uniform:
-            rows = self.wide[:, first[0] : first[0] + n + 3]
-            cv2.filter2D(rows, -1, weights[:, :1].T, dst=self.strip, anchor=(0, 0), delta=TRUNCATE)
-            np.copyto(result, self.strip[:, :n])
-        else:
-            self.taps.copy_(torch.from_numpy(self.windows[np.arange(n), first]))
+        at = np.arange(n)
+        if shears:
+            self.taps.copy_(torch.from_numpy(self.windows[at, first]))
             self.sums.zero_()
             for i in range(4) if cubic else (1, 2):
                 self.sums.addcmul_(self.taps[:, 3 * i : 3 * (i + n)], torch.from_numpy(weights[i])[:, None])
             cv2.add(self.sums.numpy(), TRUNCATE, dst=result.reshape(n, -1), dtype=cv2.CV_8U)
+        else:
+            rows = self.wide[:, first[0] : first[0] + n + 3]
+            cv2.filter2D(rows, -1, weights[:, :1].T, dst=self.strip, anchor=(0, 0), delta=TRUNCATE)
+            np.copyto(result, self.strip[:, :n])
 
-        at = np.arange(n)
         outside = (at < np.ceil(-shift - 0.5)[:, None]) | (at >= np.ceil(n - 0.5 - shift)[:, None])
         cv2.copyTo(self.fill, outside.view(np.uint8), result)
         if vertically:
             cv2.transpose(result, dst=image)
 
     def _rotate(self, image, degrees):
-        """Bilinear."""
-        n = self.size
-        a, b, c, d, e, f = _rotation(degrees, n)
-        to_source = np.array([[a, b, (a + b) / 2 + c - 0.5], [d, e, (d + e) / 2 + f - 0.5]])
-        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        border = cv2.BORDER_REPLICATE
+        """Bilinear, by the map from an output pixel to its source that PIL's Image.rotate computes."""
+        n, middle, angle = self.size, self.size / 2, -math.radians(degrees % 360.0)
+        cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
+        left = cosine * -middle + sine * -middle + middle
+        top = -sine * -middle + cosine * -middle + middle
+        to_source = [[cosine, sine, (cosine + sine) / 2 + left - 0.5]]
+        to_source += [[-sine, cosine, (cosine - sine) / 2 + top - 0.5]]
+        options = dict(flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
         np.copyto(self.floats, image)
-        cv2.warpAffine(self.floats, to_source, (n, n), dst=self.turned, flags=flags, borderMode=border)
+        cv2.warpAffine(self.floats, np.array(to_source), (n, n), dst=self.turned, **options)
         cv2.add(self.turned.reshape(n, -1), TRUNCATE, dst=image.reshape(n, -1), dtype=cv2.CV_8U)
 
         at = np.arange(n) + 0.5
-        x, y = a * at + (b * at + c)[:, None], d * at + (e * at + f)[:, None]
+        x = cosine * at + (sine * at + left)[:, None]
+        y = -sine * at + (cosine * at + top)[:, None]
         outside = (x < 0) | (x >= n) | (y < 0) | (y >= n)
         cv2.copyTo(self.fill, outside.view(np.uint8), image)
 
@@ -186,51 +164,8 @@ def _timm_operation(name, image, value, **options):
     return NAME_TO_OP[name](image, *([] if LEVEL_TO_ARG[name] is None else [value]), **options)
 
 
-def _table(name, value):
-    """uint8 [256]: what timm's operation on single values makes of each."""
-    return np.asarray(_timm_operation(name, RAMP, value))[0]
-
-
-def _contrast_table(mean, factor):
-    """As PIL's ImageEnhance.Contrast, of an image whose mean grey is `mean`, float in 0..255."""
-    return np.asarray(Image.blend(Image.new("L", RAMP.size, int(mean + 0.5)), RAMP, factor))[0]
-
-
-def _autocontrast_table(low, high):
-    """As PIL's ImageOps.autocontrast, of a channel with values low..high."""
-    if high <= low:
-        return np.arange(256, dtype=np.uint8)
-    scale = 255.0 / (high - low)
-    return np.clip(np.trunc(np.arange(256) * scale - low * scale), 0, 255).astype(np.uint8)
-
-
-def _equalize_table(counts):
-    """As PIL's ImageOps.equalize, of a channel with int counts [256]."""
-    used = counts[counts > 0]
-    step = (used.sum() - used[-1]) // 255
-    if len(used) <= 1 or not step:
-        return np.arange(256, dtype=np.uint8)
-    return np.minimum((step // 2 + np.cumsum(counts) - counts) // step, 255).astype(np.uint8)
-
-
-def _shift(name, value, size):
-    """Pixels by which each row (of X) or column (of Y) reads further to the right (below), float64 [size]."""
-    if name.startswith("Shear"):
-        return value * (np.arange(size) + 0.5)
-    return np.full(size, value * size if name.endswith("Rel") else value, np.float64)
-
-
 def _weights(d, cubic):
     """PIL's kernel at n + d, 0 <= d < 1: weights of pixels n - 1 .. n + 2; cubic with a = -1, else linear."""
     if cubic:
         return -d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2
     return 0 * d, 1 - d, d, 0 * d
-
-
-def _rotation(degrees, size):
-    """The affine map from an output pixel to its source, six numbers, as PIL's Image.rotate computes them."""
-    angle, middle = -math.radians(degrees % 360.0), size / 2
-    cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
-    c = cosine * -middle + sine * -middle + middle
-    f = -sine * -middle + cosine * -middle + middle
-    return cosine, sine, c, -sine, cosine, f

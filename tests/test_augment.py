@@ -461,7 +461,7 @@ def test_what_is_drawn_is_what_timm_draws(monkeypatch):
 def _watched(seen, name, aug_fn, image, *values, **options):
     """timm's operation, with what it is to do noted; the kernel is what PIL is given."""
     kernel = []
-    if name in rand_augment.WARPS:
+    if name.startswith(rand_augment.WARPS):
         transform = image.transform
         image.transform = lambda *a, **k: (
             kernel.append(k.get("resample", a[3] if len(a) > 3 else None)) or transform(*a, **k)
@@ -486,15 +486,8 @@ def test_a_view_depends_on_its_seed_alone():
 
 # ---------------------------------------------------------------- RandAugment's arithmetic
 
-BY_TABLE = {*rand_augment.TABLES, "Contrast", "ContrastIncreasing", "AutoContrast", "Equalize"}
-OPERATIONS = (
-    *rand_augment.WARPS,
-    *rand_augment.COLOURS,
-    "Sharpness",
-    "SharpnessIncreasing",
-    *sorted(BY_TABLE),
-    "GaussianBlur",
-)
+WITHIN_A_LEVEL = ("Color", "Desaturate", "Sharpness", "Shear", "Translate")  # and bilinear rotation
+OPERATIONS = sorted(NAME_TO_OP.keys() - {"GaussianBlurRand"})  # a blur that draws
 
 
 def cases(size=64):
@@ -502,7 +495,7 @@ def cases(size=64):
     rng = random.Random(0)
     image = picture(1, (size, size)).point(lambda v: 20 + 0.7 * v)  # AutoContrast has something to stretch
     for name in OPERATIONS:
-        for cubic in (False, True) if name in rand_augment.WARPS else (False,):
+        for cubic in (False, True) if name.startswith(rand_augment.WARPS) else (False,):
             level, values = LEVEL_TO_ARG[name], [0.0]
             if level:
                 levels = [rng.gauss(7, 0.5) if "Posterize" in name else rng.uniform(0, 10) for _ in range(5)]
@@ -520,24 +513,9 @@ def test_operations_are_pils_or_within_a_level():
             ours = image.copy()
             painter(ours, [(name, value, cubic)])
             gap = np.abs(ours.astype(int) - expected)
-            exact = name in BY_TABLE or name == "GaussianBlur" or (name == "Rotate" and cubic)
-            assert gap.max() <= (0 if exact else 1), (name, value, cubic)
+            near = name.startswith(WITHIN_A_LEVEL) or (name == "Rotate" and not cubic)
+            assert gap.max() <= near, (name, value, cubic)
             assert not np.array_equal(expected, image) or gap.max() == 0
-
-
-def test_flat_images_are_pils():
-    """Nothing to stretch or to equalize; one value alone, and almost."""
-    painter, flat = rand_augment.Painter(16), np.full((16, 16, 3), 77, np.uint8)
-    almost = flat.copy()
-    almost[3, 4] = (0, 200, 78)
-    for image in (flat, almost):
-        for name in ("AutoContrast", "Equalize", "Contrast"):
-            theirs, ours = (
-                NAME_TO_OP[name](Image.fromarray(image), *[0.4] * (name == "Contrast")),
-                image.copy(),
-            )
-            painter(ours, [(name, 0.4, False)])
-            assert np.array_equal(ours, np.asarray(theirs))
 
 
 def test_rand_augment_changes_views():
