@@ -1,6 +1,6 @@
 """One image: bytes -> decoded -> crops -> uint8 views. Then a batch: erased, mixed.
 
-    views = train_views(data, per_process=64)
+    views = train_views(data)
     for view in views(content, seeds=[17, 18]): ...  # uint8 [3, size, size], one for each seed
     mix = mixer(data)                                # None where the recipe mixes nothing
 
@@ -13,7 +13,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import random
 
 import cv2
@@ -35,7 +34,6 @@ from sources import DataError
 # Formats that PIL decodes itself. Others start programs (EPS: Ghostscript) or are of no use in training.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 89_478_485  # PIL warns of a decompression bomb above it and refuses twice of it; we refuse both
-BUFFER_BYTES = 12_000_000  # kept for a decoded image: memory fresh from the kernel takes a third of decoding
 
 
 class BrokenImage(DataError):
@@ -104,19 +102,14 @@ def _opened(content):
 def _rgb(image):
     if image.mode == "F":
         raise ValueError("floating-point pixels, expected integers")
-    if image.mode.startswith("I"):
-        image = _upper_bits(image)
+    if image.mode.startswith("I"):  # PIL's conversion makes 255 of everything above 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"grey values {values.min()}..{values.max()}, expected 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # PIL warns of the direct conversion
     return image.convert("RGB")
-
-
-def _upper_bits(image):
-    """16-bit grey to 8 bits; PIL's conversion makes 255 of everything above 255."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"grey values {values.min()}..{values.max()}, expected 16 bits")
-    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 # ---------------------------------------------------------------- transforms of timm and torchvision
@@ -138,7 +131,7 @@ def train_transform(data):
             use_prefetcher=True,  # uint8 out
         )
     steps = [
-        _ExactSize(data.size),
+        functools.partial(of_size, data.size),  # RandomCrop would silently take a corner of a larger image
         transforms.RandomCrop(data.size, padding=data.crop.padding),
         transforms.RandomHorizontalFlip(data.hflip),
     ]
@@ -149,17 +142,12 @@ def train_transform(data):
     return transforms.Compose([*steps, ToNumpy()])
 
 
-class _ExactSize:
-    """Refuses images of another size, of which RandomCrop would silently take a corner."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __call__(self, image):
-        if image.size != (self.size, self.size):
-            size = f"{image.width}x{image.height} pixels"
-            raise DataError(f"{size}; data.crop 'pad' needs {self.size}x{self.size}, 'resized' any")
-        return image
+def of_size(size, image):
+    """The PIL image; DataError if it is not of size x size pixels."""
+    if image.size != (size, size):
+        found = f"{image.width}x{image.height} pixels"
+        raise DataError(f"{found}; data.crop 'pad' needs {size}x{size}, 'resized' any")
+    return image
 
 
 def test_transform(data):
@@ -172,14 +160,13 @@ def test_transform(data):
 # ---------------------------------------------------------------- training views
 
 
-def train_views(data, per_process):
+def train_views(data):
     """A function (content, seeds) -> iterator of views, uint8 [3, size, size], one for each seed.
 
-    It raises BrokenImage before the first view. The fast pipeline uses its memory again: a view is
-    overwritten when `per_process` others were made.
+    It raises BrokenImage before the first view.
     """
     if data.pipeline == "fast":
-        return _FastViews(data, per_process)
+        return _FastViews(data)
     return functools.partial(_timm_views, train_transform(data))
 
 
@@ -191,7 +178,7 @@ def try_views(data):
     content = io.BytesIO()
     try:
         Image.new("RGB", (data.size, data.size)).save(content, "png")
-        list(train_views(data, 1)(content.getvalue(), [0]))
+        list(train_views(data)(content.getvalue(), [0]))
     except Exception as error:  # timm's parser raises anything
         settings = f"size {data.size}, rand_augment {data.rand_augment!r}"
         raise DataError(f"data: no training view can be made with {settings}: {error!r}") from error
@@ -213,26 +200,21 @@ class _FastViews:
     dB). RandAugment is `Painter`'s. Views are channels-last in memory.
     """
 
-    def __init__(self, data, per_process):
-        self.size = data.size
-        (self.crop, *others), self.policy = with_recorded_operations(train_transform(data))
-        flips = [step.p for step in others if isinstance(step, transforms.RandomHorizontalFlip)]
-        self.flip = flips[0] if flips else 0
-        self.painter = Painter(data.size)
-        self.decoded, self.cropped = np.empty(BUFFER_BYTES, np.uint8), np.empty(BUFFER_BYTES, np.uint8)
-        self.views = itertools.cycle(np.empty((per_process, data.size, data.size, 3), np.uint8))
+    def __init__(self, data):
+        self.size, self.flip, self.painter = data.size, data.hflip, Painter(data.size)
+        (self.crop, *_), self.policy = with_recorded_operations(train_transform(data))
 
     def __call__(self, content, seeds):
         pixels = self._pixels(content)
         height, width, _ = pixels.shape
         for seed in seeds:
             (top, left, rows, columns), mode, flipped, operations = self._draw(seed, width, height)
-            resized = self._resized(pixels[top : top + rows, left : left + columns], mode)
-            view = next(self.views)
+            # [None] first: with it last, PyTorch would take the tensor as channels-first, and copy it
+            crop = torch.from_numpy(pixels[top : top + rows, left : left + columns])[None].permute(0, 3, 1, 2)
+            resized = F.interpolate(crop, (self.size, self.size), mode=mode, antialias=True)
+            view = resized[0].permute(1, 2, 0).numpy()
             if flipped:
-                cv2.flip(resized, 1, dst=view)
-            else:
-                np.copyto(view, resized)
+                view = cv2.flip(view, 1)
             self.painter(view, operations)
             yield torch.from_numpy(view).permute(2, 0, 1)
 
@@ -245,10 +227,9 @@ class _FastViews:
         with _broken_if_undecodable(content):
             image = _opened(content)
             if image.format in ("JPEG", "MPO") and image.mode == "RGB":
-                buffer = self.decoded if 3 * image.width * image.height <= BUFFER_BYTES else None
                 with contextlib.suppress(ValueError):
-                    return simplejpeg.decode_jpeg(content, buffer=buffer)
-            return np.asarray(_rgb(image))
+                    return simplejpeg.decode_jpeg(content)
+            return np.array(_rgb(image))
 
     def _draw(self, seed, width, height):
         """(crop's top, left, height, width), kernel, whether flipped, RandAugment's operations."""
@@ -259,18 +240,6 @@ class _FastViews:
         kernel = random.choice(kernel) if isinstance(kernel, (tuple, list)) else kernel
         flipped = self.flip > 0 and bool(torch.rand(1) < self.flip)
         return box, kernel_name(kernel), flipped, self.policy([]) if self.policy else []
-
-    def _resized(self, pixels, kernel):
-        """uint8 [size, size, 3]."""
-        buffer = (
-            self.cropped[: pixels.size] if pixels.size <= BUFFER_BYTES else np.empty(pixels.size, np.uint8)
-        )
-        crop = buffer.reshape(pixels.shape)
-        np.copyto(crop, pixels)
-        # [None] first: with it last, PyTorch would take the tensor as channels-first, and copy it
-        crop = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
-        resized = F.interpolate(crop, (self.size, self.size), mode=kernel, antialias=True)
-        return resized[0].permute(1, 2, 0).numpy()
 
 
 # ---------------------------------------------------------------- a batch

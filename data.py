@@ -195,11 +195,10 @@ class _BatchMaker:
 
     def __init__(self, loader, seed):
         self.data, self.split, self.seed = loader.data, loader.split, seed
-        self.per_process = loader.per_process
 
     @functools.cached_property  # in the process that uses them: they keep buffers
     def views(self):
-        return augment.train_views(self.data, self.per_process)
+        return augment.train_views(self.data)
 
     def __call__(self, crops):
         """An image is decoded once for its crops where they are neighbours.

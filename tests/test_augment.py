@@ -91,7 +91,7 @@ def png_of_zeros(width, height):
     "side, reason", [(9500, "9500x9500 pixels, more than augment.MAX_PIXELS"), (30000, "DecompressionBomb")]
 )
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(side, reason, pipeline):
-    content, views = png_of_zeros(side, side), augment.train_views(make_recipe(**CROP | pipeline).data, 1)
+    content, views = png_of_zeros(side, side), augment.train_views(make_recipe(**CROP | pipeline).data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(augment.BrokenImage, match=reason):
         list(views(content, [0]))
@@ -195,7 +195,7 @@ def test_formats_that_start_programs_are_not_opened(kind, pipeline, monkeypatch)
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
     with pytest.raises(augment.BrokenImage, match=rf"no image, {len(content)} bytes \(known: JPEG, PNG, "):
-        list(augment.train_views(make_recipe(**CROP | pipeline).data, 1)(content, [0]))
+        list(augment.train_views(make_recipe(**CROP | pipeline).data)(content, [0]))
     assert not started
 
 
@@ -235,7 +235,7 @@ def test_a_crop_is_timms_to_the_pixel(tmp_path):
         )
     )
     theirs = timm.data.ImageDataset(str(tmp_path), transform=upstreams)
-    views = augment.train_views(make_recipe(**RAND | {"data__size": 64}).data, 8)
+    views = augment.train_views(make_recipe(**RAND | {"data__size": 64}).data)
     for i, (path, _) in enumerate(theirs.reader.samples):
         with open(theirs.reader.root + "/" + path if path[0] != "/" else path, "rb") as file:
             content = file.read()
@@ -295,7 +295,7 @@ def test_crop_and_flip_are_the_classic_ones():
 
 
 def test_photographs_are_not_cropped_as_if_they_were_small():
-    views = augment.train_views(make_recipe(data__size=16, data__crop={"kind": "pad", "padding": 4}).data, 1)
+    views = augment.train_views(make_recipe(data__size=16, data__crop={"kind": "pad", "padding": 4}).data)
     with pytest.raises(sources.DataError, match=r"24x20 pixels; data.crop 'pad' needs 16x16, 'resized' any"):
         list(views(WHOLE[0], [0]))
 
@@ -304,7 +304,7 @@ def test_photographs_are_not_cropped_as_if_they_were_small():
 
 
 def decoded_fast(content):
-    return augment._FastViews(make_recipe(**CROP | FAST).data, 1)._pixels(content).copy()
+    return augment._FastViews(make_recipe(**CROP | FAST).data)._pixels(content)
 
 
 def test_decoded_pixels_are_pils():
@@ -322,11 +322,8 @@ def test_decoded_pixels_are_pils():
 
 
 def test_decoded_pixels_of_real_photographs_are_pils():
-    """Also of one that is larger than the buffer for it."""
-    files = real_jpegs(40)
-    fast = augment._FastViews(make_recipe(**CROP | FAST).data, 1)
-    for content in [*files, encoded(Image.open(io.BytesIO(files[0])).convert("RGB").resize((2500, 1700)))]:
-        assert np.array_equal(fast._pixels(content), np.asarray(augment.decode(content)))
+    for content in real_jpegs(40):
+        assert np.array_equal(decoded_fast(content), np.asarray(augment.decode(content)))
 
 
 def test_plain_jpegs_are_not_decoded_by_pil(monkeypatch):
@@ -398,7 +395,7 @@ def test_an_odd_file_is_what_timms_pipeline_makes_of_it(name, horizontally_first
     """The same pixels, or broken with the same words."""
     content = odd_files()[name]
     fast, timms = (
-        views_or_reason(augment.train_views(make_recipe(**CROP | more).data, 1), content, range(4))
+        views_or_reason(augment.train_views(make_recipe(**CROP | more).data), content, range(4))
         for more in (FAST, {})
     )
     if isinstance(timms, str):
@@ -410,7 +407,7 @@ def test_an_odd_file_is_what_timms_pipeline_makes_of_it(name, horizontally_first
 
 def test_crops_flips_and_pixels_are_timms(horizontally_first):
     """The same draws: the same crop, kernel and flip; PyTorch's resampling is within two levels of PIL's."""
-    fast, timms = (augment.train_views(make_recipe(**CROP | more).data, 12) for more in (FAST, {}))
+    fast, timms = (augment.train_views(make_recipe(**CROP | more).data) for more in (FAST, {}))
     differ = []
     for i in range(12):
         content, seeds = picture_file(i, quality=92), range(12 * i, 12 * i + 12)
@@ -421,7 +418,7 @@ def test_crops_flips_and_pixels_are_timms(horizontally_first):
 
 
 def test_crops_of_real_photographs_are_within_two_levels_of_timms(horizontally_first):
-    fast, timms = (augment.train_views(make_recipe(**CROP | more).data, 1) for more in (FAST, {}))
+    fast, timms = (augment.train_views(make_recipe(**CROP | more).data) for more in (FAST, {}))
     for i, content in enumerate(real_jpegs(25)):
         gap = views_or_reason(fast, content, [i]) - views_or_reason(timms, content, [i])
         assert gap.abs().max() <= 2
@@ -430,7 +427,7 @@ def test_crops_of_real_photographs_are_within_two_levels_of_timms(horizontally_f
 def test_what_is_drawn_is_what_timm_draws(monkeypatch):
     """Crop, kernel, flip, operations, values, and the kernels of warps, one by one, for 300 seeds."""
     section = make_recipe(**RAND | FAST).data
-    fast, timms, seen = augment._FastViews(section, 1), augment.train_transform(section), []
+    fast, timms, seen = augment._FastViews(section), augment.train_transform(section), []
     crop, params = timms.transforms[0], RandomResizedCropAndInterpolation.get_params
     monkeypatch.setattr(crop, "get_params", lambda *a: seen.append(params(*a)) or seen[-1])
     for op in timms.transforms[2].ops:
@@ -474,7 +471,7 @@ def _watched(seen, name, aug_fn, image, *values, **options):
 
 def test_a_view_depends_on_its_seed_alone():
     for pipeline in ({}, FAST):
-        views = augment.train_views(make_recipe(**RAND | pipeline).data, 8)
+        views = augment.train_views(make_recipe(**RAND | pipeline).data)
         contents = [picture_file(i) for i in range(3)]
         together = [views_or_reason(views, content, range(8)) for content in contents]
         assert len({view.numpy().tobytes() for view in together[0]}) == 8
@@ -482,6 +479,15 @@ def test_a_view_depends_on_its_seed_alone():
             seeded(noise, random.random)
             for seed in (5, 0):
                 assert torch.equal(views_or_reason(views, content, [seed])[0], expected[seed])
+
+
+def test_the_decoded_image_is_not_painted_on():
+    """Where the crop is the image itself, at its own size."""
+    whole = RESIZED | {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
+    views = augment.train_views(make_recipe(**RAND | FAST | {"data__crop": whole}).data)
+    content = picture_file(0, size=(SIZE, SIZE))
+    for first, again in (views_or_reason(views, content, [seed, seed]) for seed in range(6)):
+        assert torch.equal(first, again)
 
 
 # ---------------------------------------------------------------- RandAugment's arithmetic
@@ -520,9 +526,7 @@ def test_operations_are_pils_or_within_a_level():
 
 def test_rand_augment_changes_views():
     for pipeline in ({}, FAST):
-        plain, painted = (
-            augment.train_views(make_recipe(**more | pipeline).data, 8) for more in (CROP, RAND)
-        )
+        plain, painted = (augment.train_views(make_recipe(**more | pipeline).data) for more in (CROP, RAND))
         gaps = [
             (
                 views_or_reason(plain, picture_file(i), range(8))
