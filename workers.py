@@ -28,27 +28,22 @@ class Loader(DataLoader):
 
 
 def _with_plain_errors(batches):
-    while True:
-        failure = None
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except DataError as error:
-            kind = type(error)
-            _, _, message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
-            failure = kind(message.strip() or str(error))
-            error.__traceback__ = None  # its frames hold the iterator
-        except RuntimeError as error:
-            failure = dead_worker(error)
-            if failure is None:
-                raise
-        if failure:
-            # Nothing else holds the iterator, which now tells its workers to end. The garbage collector would
-            # close their queues first, and then wait 10 s for each worker.
-            del batches
-            raise failure
-        yield batch
+    try:
+        yield from batches
+        return
+    except DataError as error:
+        kind = type(error)
+        _, _, message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+        failure = kind(message.strip())
+        error.__traceback__ = None  # its frames hold the iterator
+    except RuntimeError as error:
+        failure = dead_worker(error)
+        if failure is None:
+            raise
+    # Nothing else holds the iterator, which now tells its workers to end. The garbage collector would close
+    # their queues first, and then wait 10 s for each worker.
+    del batches
+    raise failure
 
 
 @atexit.register
@@ -66,15 +61,12 @@ def _kill_workers():
 def dead_worker(error):
     """The DataError for PyTorch's RuntimeError about a worker process that is gone; None for other errors.
 
-    PyTorch raises it wherever the main process is when the signal comes, which may be outside of the
-    loader.
+    PyTorch raises it wherever the main process is when the signal comes, also outside of the loader.
     """
-    if not re.search(
-        r"DataLoader worker \(pid|Communication with the workers is no longer possible", str(error)
-    ):
+    text = str(error)
+    if not re.search(r"DataLoader worker \(pid|Communication with the workers is no longer possible", text):
         return None
     return DataError(
-        f"a worker process that loads images died: {str(error).splitlines()[0]} Often the memory or /dev/shm "
-        "is full, or `ulimit -n` too low: try fewer --workers; --workers 0 loads in the main process and "
-        "shows what is wrong"
+        f"a worker process that loads images died: {text.splitlines()[0]} Often the memory or /dev/shm is "
+        "full, or `ulimit -n` too low: try fewer --workers; --workers 0 shows what is wrong"
     )
