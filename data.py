@@ -5,22 +5,18 @@
 
 Batches are (images uint8 [B, 3, size, size], labels int64 [B], index int64 [B]); scaling to [0, 1], mixing
 and each network's normalisation follow on the device. What an image looks like depends only on (seed, epoch,
-repeat, its id), so a run can be resumed at any step without saved generator states. Batches of
-memory-mapped and resident data are the same for any number of workers and processes; which images of a
-stream make a batch depends on both.
+repeat, its id), so a run can be resumed at any step without saved generator states. Memory-mapped and
+resident data give the same batches for any number of workers and processes; streams do not.
 
-A training image that cannot be decoded is skipped, counted and named, up to `data.max_broken`; its place in
-the batch is taken by another crop of a good image of that batch, so that batches keep their sizes and their
-order. Missing files and network failures stop the run. In evaluation broken images do, too: scores over
-fewer images would not be comparable.
+A training image that cannot be decoded is skipped, counted and named, up to `data.max_broken`; another crop
+of a good image of the batch takes its place. Missing files and network failures stop the run. In evaluation
+broken images do, too: scores over fewer images would not be comparable.
 """
 
 import functools
 import itertools
 import random
 import re
-from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -44,12 +40,9 @@ class TrainLoader:
     those of the fraction; data.train_size is the whole split's.
 
     `broken`: what was skipped, {number: "image 17 (name): reason"}, in the batches that `batches` has
-    yielded. A trainer sets it at the start of a run, to {} or to what a checkpoint has, so that
-    data.max_broken holds for the whole run. The numbers are int: of the row, or in a stream of the shard
-    and the row in it.
-
-    With data.resident batches are made on `device` from a `Resident` set, whose broken images are all
-    known, and counted, before the first batch.
+    yielded; of a resident set, all. A trainer sets it at the start of a run, to {} or to what a checkpoint
+    has, so that data.max_broken holds for the whole run. The numbers are int: of the row, or in a stream of
+    the shard and the row in it.
     """
 
     def __init__(
@@ -57,9 +50,8 @@ class TrainLoader:
     ):
         if batch_size % (batch_size_per_process * world):
             raise DataError(
-                f"batch_size {batch_size} is not a multiple of {world} processes x "
-                f"batch_size_per_process {batch_size_per_process}: launch another number of processes or "
-                "change batch_size_per_process"
+                f"batch_size {batch_size} is not a multiple of {world} processes x batch_size_per_process "
+                f"{batch_size_per_process}: change it, or launch another number of processes"
             )
         self.data, self.batch_size, self.per_process = data, batch_size, batch_size_per_process
         self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
@@ -141,26 +133,17 @@ class TrainLoader:
         Raises DataError for more broken images than data.max_broken allows, and for a worker process that
         died.
         """
+        order = None if self.data.streaming else _order(self, seed, start, stop)
         if self.resident:
             self._count(self.resident.broken)
-            order = _order(self, seed, start, stop)
-            return resident.batches(self.resident, self.data, order, seed)
-        if self.data.streaming:
-            dataset, order = _StreamedBatches(self, seed, start, stop), None
-        else:
-            dataset, order = _MappedBatches(self, seed), _order(self, seed, start, stop)
+            yield from resident.batches(self.resident, self.data, order, seed)
+            return
+        dataset = _MappedBatches(self, seed) if order else _StreamedBatches(self, seed, start, stop)
+        # batch_size None: the data set makes whole batches
         loader = Loader(
-            dataset,
-            batch_size=None,  # the data set makes whole batches
-            sampler=order,
-            num_workers=self.workers,
-            pin_memory=self.pin,
+            dataset, batch_size=None, sampler=order, num_workers=self.workers, pin_memory=self.pin
         )
-        return self._counted(iter(loader))
-
-    def _counted(self, batches):
-        """The batches without their broken images, which are counted."""
-        for images, labels, index, broken in batches:
+        for images, labels, index, broken in loader:
             self._count(broken)
             yield images, labels, index
 
@@ -180,18 +163,11 @@ class TrainLoader:
 # ---------------------------------------------------------------- rows to batches
 
 
-class _Crop(NamedTuple):
-    """One place of a batch: which crop of which image belongs there."""
-
-    epoch: int
-    repeat: int
-    id: int  # of the image, for the seed of its crop
-    number: int  # of the image in the split, for the count of broken ones
-    row: dict  # undecoded
-
-
 class _BatchMaker:
-    """Makes a batch of crops: (images, labels, index, {number: reason} of the broken images)."""
+    """Makes a batch: (images, labels, index, {number: reason} of the broken images).
+
+    A crop is (epoch, repeat, number, row): the number is that of the image in the split, its row undecoded.
+    """
 
     def __init__(self, loader, seed):
         self.data, self.split, self.seed = loader.data, loader.split, seed
@@ -201,13 +177,9 @@ class _BatchMaker:
         return augment.train_views(self.data)
 
     def __call__(self, crops):
-        """An image is decoded once for its crops where they are neighbours.
-
-        A broken image's place goes to the next good image of the batch, as a crop with a repeat that no
-        other has. So nothing depends on other batches, on workers or on what came before.
-        """
+        """An image is decoded once for its crops where they are neighbours."""
         samples, broken = [], {}
-        for number, group in itertools.groupby(crops, key=lambda crop: crop.number):
+        for number, group in itertools.groupby(crops, key=lambda crop: crop[2]):
             group = list(group)
             try:
                 samples += self._samples(group)
@@ -215,23 +187,20 @@ class _BatchMaker:
                 broken[number] = str(error)
                 samples += [None] * len(group)
 
-        good = [place for place, sample in enumerate(samples) if sample]
-        if not good:
-            raise sources.nothing_decoded(self.data.source, len(crops), broken)
-        for place in range(len(crops)):
+        for place, crop in enumerate(resident.without_broken(crops, broken, self.data)):
             if samples[place] is None:
-                following = crops[min(good, key=lambda g, place=place: (g - place) % len(crops))]
-                (samples[place],) = self._samples([following._replace(repeat=self.data.repeats + place)])
+                (samples[place],) = self._samples([crop])
         images, labels, index = zip(*samples, strict=True)
         return _stacked(images), torch.tensor(labels), torch.tensor(index), broken
 
     def _samples(self, crops):
         """[(image, label, id)] of crops of one image."""
-        image = sources.encoded(crops[0].row, crops[0].id, self.data, self.split)
-        seeds = [seed_of(self.seed, crop.epoch, crop.id, crop.repeat) for crop in crops]
+        _, _, number, row = crops[0]
+        id = sources.checksum(row, self.data) if self.data.streaming else number
+        image = sources.encoded(row, id, self.data, self.split)
+        seeds = [seed_of(self.seed, epoch, id, repeat) for epoch, repeat, _, _ in crops]
         with sources.named(image):
-            views = list(self.views(image.content, seeds))
-        return [(view, image.label, crop.id) for view, crop in zip(views, crops, strict=True)]
+            return [(view, image.label, id) for view in self.views(image.content, seeds)]
 
 
 def _stacked(views):
@@ -277,7 +246,7 @@ class _MappedBatches(Dataset):
         numbers = list(dict.fromkeys(number for _, _, number in keys))
         # together: one by one they take three times as long
         rows = dict(zip(numbers, sources.rows_of(self.rows[numbers]), strict=True))
-        return self.make([_Crop(epoch, repeat, n, n, rows[n]) for epoch, repeat, n in keys])
+        return self.make([(*key, rows[key[2]]) for key in keys])
 
 
 # ---------------------------------------------------------------- streams
@@ -299,75 +268,63 @@ class _StreamedBatches(IterableDataset):
     """
 
     def __init__(self, loader, seed, start, stop):
-        self.data, self.split, self.shard_lengths = loader.data, loader.split, loader.shard_lengths
-        self.seed, self.rank, self.world = seed, loader.rank, loader.world
-        self.per_process = loader.per_process
-        self.per_epoch = loader.steps_per_epoch * loader.accumulate  # batches
-        self.first, self.last = start * loader.accumulate, stop * loader.accumulate
+        self.loader, self.data, self.seed = loader, loader.data, seed
+        self.first, self.last = start * loader.accumulate, stop * loader.accumulate  # batches
         self.make = _BatchMaker(loader, seed)
 
     def __iter__(self):
         workers, worker = _worker()
+        per_epoch, per_process = self.loader.steps_per_epoch * self.loader.accumulate, self.loader.per_process
         # the DataLoader takes batch `first` from worker 0; batches are dealt as if a run began at batch 0
         slot = (self.first + worker) % workers
-        for epoch in range(self.first // self.per_epoch, -(-self.last // self.per_epoch)):
-            batches = range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch)
+        for epoch in range(self.first // per_epoch, -(-self.last // per_epoch)):
+            batches = range(epoch * per_epoch, (epoch + 1) * per_epoch)
             dealt = [[batch for batch in batches if batch % workers == s] for s in range(workers)]
-            needed = [-(-len(hand) * self.per_process // self.data.repeats) for hand in dealt]  # images
-            if self.shard_lengths:
-                before = self.rank * sum(needed) + sum(needed[:slot])
-                rows = self._interval(epoch, before, needed[slot])
-                rows = _shuffled(rows, self.data.shuffle_buffer, self._chance(epoch, slot))
-            else:
-                rows = self._whole_shards(epoch, slot, workers)
-            served = sum(batch < self.first for batch in dealt[slot]) * self.per_process
-            crops = itertools.islice(self._crops(rows, epoch), served, None)
+            needed = [-(-len(hand) * per_process // self.data.repeats) for hand in dealt]  # images
+            rows = self._rows(epoch, slot, needed)
+            crops = ((epoch, repeat, *row) for row in rows for repeat in range(self.data.repeats))
+            served = sum(batch < self.first for batch in dealt[slot]) * per_process
+            crops = itertools.islice(crops, served, None)
             for batch in dealt[slot]:
                 if self.first <= batch < self.last:
-                    yield self.make(list(itertools.islice(crops, self.per_process)))
+                    yield self.make(list(itertools.islice(crops, per_process)))
 
-    def _shards(self, epoch):
-        return np.random.default_rng([self.seed, epoch]).permutation(self.split.rows.num_shards).tolist()
+    def _rows(self, epoch, slot, needed):
+        """Shuffled (number, row) of a reader; `needed`: how many each worker of the process reads."""
+        loader, data, workers = self.loader, self.data, len(needed)
+        shards = np.random.default_rng([self.seed, epoch]).permutation(loader.split.rows.num_shards).tolist()
+        chance = random.Random(f"{self.seed} {epoch} {loader.rank} {slot}")
+        if loader.shard_lengths:
+            before = loader.rank * sum(needed) + sum(needed[:slot])
+            yield from _shuffled(self._interval(shards, before, needed[slot]), data.shuffle_buffer, chance)
+            return
+        own = shards[loader.rank * workers + slot :: loader.world * workers]
+        while True:  # all readers make equally many batches
+            rows = itertools.chain.from_iterable(map(self._numbered_rows, own))
+            rows = _shuffled(rows, data.shuffle_buffer, chance)
+            first = next(rows, None)
+            if first is None:
+                raise DataError(
+                    f"{data.source}: the shards of reader {slot} of process {loader.rank} are empty"
+                )
+            yield first
+            yield from rows
 
-    def _chance(self, epoch, slot):
-        return random.Random(f"{self.seed} {epoch} {self.rank} {slot}")
-
-    def _interval(self, epoch, before, needed):
-        """Rows before..before+needed-1 of an epoch's shards, which repeat (with repeats and few images)."""
-        for shard in itertools.cycle(self._shards(epoch)):
+    def _interval(self, shards, before, needed):
+        """Rows before..before+needed-1 of the shards, which repeat (with repeats and few images)."""
+        for shard in itertools.cycle(shards):
             if not needed:
                 return
-            length = self.shard_lengths[shard]
+            length = self.loader.shard_lengths[shard]
             taken = max(min(needed, length - before), 0)
             if taken:
                 yield from itertools.islice(self._numbered_rows(shard), before, before + taken)
             before, needed = max(before - length, 0), needed - taken
 
-    def _whole_shards(self, epoch, slot, workers):
-        """Shuffled rows of this reader's shards, without end: all readers make equally many batches."""
-        readers = self.world * workers
-        shards = self._shards(epoch)[self.rank * workers + slot :: readers]
-        chance = self._chance(epoch, slot)
-        while True:
-            rows = itertools.chain.from_iterable(map(self._numbered_rows, shards))
-            rows = _shuffled(rows, self.data.shuffle_buffer, chance)
-            first = next(rows, None)
-            if first is None:
-                raise DataError(
-                    f"{self.data.source}: the shards of reader {slot} of process {self.rank} are empty"
-                )
-            yield first
-            yield from rows
-
     def _numbered_rows(self, shard):
         """(number, row): the number is another for each row of the split, and the same in every epoch."""
-        return enumerate(sources.shard_rows(self.split, shard, self.data.source), start=shard << 32)
-
-    def _crops(self, rows, epoch):
-        for number, row in rows:
-            id = sources.checksum(row, self.data)
-            for repeat in range(self.data.repeats):
-                yield _Crop(epoch, repeat, id, number, row)
+        rows = sources.shard_rows(self.loader.split, shard, self.data.source)
+        return enumerate(rows, start=shard << 32)
 
 
 def _worker():
@@ -393,15 +350,13 @@ def _shuffled(rows, size, chance):
 def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numbered=False, device=None):
     """Batches as of training, of every image of the test split once over all processes, in a fixed order.
 
-    The shares of the processes may differ in size. It can be iterated again. `numbered`: the index of an
-    image is the number in its file name, ILSVRC2012_val_00000001.JPEG, by which ImageNet-ReaL knows it;
-    DataError for other names. `device`: where a resident set shall lie; None: nowhere, images are decoded
-    in each pass.
+    The shares of the processes may differ in size. `numbered`: the index of an image is the number in its
+    file name, ILSVRC2012_val_00000001.JPEG, by which ImageNet-ReaL knows it; DataError for other names.
+    `device`: where a resident set shall lie; None: nowhere, images are decoded in each pass.
     """
-    if device is not None and data.resident and data.crop_pct == 1:
-        split = sources.open_split(data, data.test_split)
-        return resident.test_batches(split, data, batch_size, rank, world, torch.device(device))
     split = sources.open_split(data, data.test_split)
+    if device is not None and data.resident and data.crop_pct == 1:
+        return resident.test_batches(split, data, batch_size, rank, world, torch.device(device))
     images = _TestImages(split, data, rank, world, numbered)
     if isinstance(split.rows, datasets.IterableDataset):
         images = _StreamedTestImages(images)
@@ -434,10 +389,8 @@ class _TestImages(Dataset):
 def _validation_number(image):
     match = re.search(r"ILSVRC2012_val_(\d{8})", image.path or "")
     if not match:
-        name = Path(image.path).name if image.path else "no name"
-        raise DataError(
-            f"ImageNet-ReaL knows an image by its file name, ILSVRC2012_val_00000001.JPEG; found {name}"
-        )
+        expected = "by its file name, ILSVRC2012_val_00000001.JPEG"
+        raise DataError(f"ImageNet-ReaL knows an image {expected}; found {image.name}")
     return int(match[1])
 
 

@@ -68,16 +68,9 @@ def _decoded(split, data):
         image = sources.encoded(row, index, data, split)
         try:
             with sources.named(image):
-                pixels = np.array(augment.decode(image.content))
+                pixels = np.array(augment.of_size(data.size, augment.decode(image.content)))
         except BrokenImage as error:
             return error
-        height, width, _ = pixels.shape
-        if (width, height) != (data.size, data.size):
-            raise DataError(
-                f"{data.source}: {image.name}: {width}x{height} pixels; data.resident needs "
-                f"{data.size}x{data.size}: set data.resident to false, and data.crop to 'resized' for other "
-                "sizes"
-            )
         return pixels.transpose(2, 0, 1), image.label
 
     rows = itertools.chain.from_iterable(map(sources.rows_of, split.rows.iter(1000)))
@@ -104,10 +97,8 @@ def drawn_views(resident, data, order, seed):
         positions = chance.integers(resident.views // 2, size=size)
         return 2 * positions + (chance.random(size) < data.hflip)
 
-    for keys in order:
-        epochs, repeats, index = np.array(keys).T
-        if resident.broken:
-            repeats, index = _without_broken(resident.broken, repeats, index, data)
+    for crops in order:
+        epochs, repeats, index = np.array(without_broken(crops, resident.broken, data)).T
         view = np.empty_like(index)
         for repeat in set(repeats.tolist()):
             here = repeats == repeat
@@ -115,15 +106,21 @@ def drawn_views(resident, data, order, seed):
         yield np.stack([index, view])
 
 
-def _without_broken(broken, repeats, index, data):
-    """(repeats, index) with the places of broken images given away as `data._BatchMaker` does."""
-    n = len(index)
-    good = [place for place, image in enumerate(index.tolist()) if image not in broken]
-    if not good:
-        raise sources.nothing_decoded(data.source, n, {image: broken[image] for image in index.tolist()})
-    source = [min(good, key=lambda g, place=place: (g - place) % n) for place in range(n)]
-    places = np.arange(n)
-    return np.where(source == places, repeats, data.repeats + places), index[source]
+def without_broken(crops, broken, data):
+    """The crops (epoch, repeat, number, ...) of a batch; those of broken images go to its next good image.
+
+    They get a repeat that no other crop has, so that nothing depends on other batches, on workers or on what
+    came before. `broken`: {number: reason}. Raises DataError where no image is good.
+    """
+    if broken and all(crop[2] in broken for crop in crops):
+        raise sources.nothing_decoded(data.source, len(crops), {crop[2]: broken[crop[2]] for crop in crops})
+    result = []
+    for place, crop in enumerate(crops):
+        if crop[2] in broken:
+            epoch, _, *rest = next(c for c in crops[place:] + crops[:place] if c[2] not in broken)
+            crop = (epoch, data.repeats + place, *rest)
+        result.append(crop)
+    return result
 
 
 def test_batches(split, data, batch_size, rank, world, device):

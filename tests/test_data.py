@@ -1014,8 +1014,7 @@ def test_faults_are_told_before_the_first_batch(broken_source, tmp_path):
         f"allows 2:"
     )
     assert error(broken_source, data__size=17) == (
-        f"{broken_source}: image 0 (000.jpg): 16x16 pixels; data.resident needs 17x17: set data.resident to "
-        "false, and data.crop to 'resized' for other sizes"
+        "image 0 (000.jpg): 16x16 pixels; data.crop 'pad' needs 17x17, 'resized' any"
     )
     labels = dict.fromkeys(range(N), 0) | {0: 2}
     for split in ("train", "test"):

@@ -280,7 +280,8 @@ def test_sets_that_cannot_be_imagenets_are_refused(tmp_path, capsys):
     folder = class_folders(tmp_path / "d", "val", [(wnid, "first.JPEG", 1) for wnid in WNIDS[:2]])
     with pytest.raises(SystemExit):
         evaluate.main([str(tmp_path / "s"), "--on", "real", "--data", str(folder), "--workers", "0"])
-    assert "by its file name, ILSVRC2012_val_00000001.JPEG; found first.JPEG" in capsys.readouterr().err
+    message = f"by its file name, ILSVRC2012_val_00000001.JPEG; found image 0 ({folder}/"
+    assert message in capsys.readouterr().err
 
 
 def test_there_are_46837_images_with_real_labels():
