@@ -19,19 +19,7 @@ but are not part of it. `Loss(student_shapes, teacher_shapes, labels=None, *, hy
     labels, index   class id of every training image [n_data], and the ids of the images of the batch [B]
 
 Bad shapes raise ValueError naming the shapes. Reductions differ between the repositories that these numbers
-are compared with; changing one silently changes a recipe:
-
-    kd, dkd                T^2, sum over K, mean over B              vanillaKD, mdistiller, RepDistiller, timm
-    dist                   T^2, mean over B (rows), K (columns)      vanillaKD, DIST_KD
-    bkl(reduction="mean")  mean over B and K                         vanillaKD, for the paper's Table 4
-    bkl(reduction="sum")   sum over K, mean over B                   the paper's equation (3)
-    cross_entropy          sum over K, mean over B                   all of them
-    binary_cross_entropy   mean over B and K                         vanillaKD, timm BinaryCrossEntropy
-    cc                     sum over D, mean over B - 1 neighbours    RepDistiller; vanillaKD: times 0.02
-    rkd                    mean over B^2 pairs and B^3 triples       vanillaKD, mdistiller, RepDistiller
-    crd                    sum over negatives, mean over B           vanillaKD, mdistiller, RepDistiller
-    reviewkd               mean over B, C, places; sum over levels   vanillaKD, mdistiller, ReviewKD
-
+are compared with, and changing one silently changes a recipe: each docstring gives its own and its source.
 "The paper" is Hao et al., "Revisit the Power of Vanilla Knowledge Distillation", NeurIPS 2023, and vanillaKD
 its code, github.com/Hao840/vanillaKD.
 """
@@ -51,7 +39,8 @@ from torch.utils.checkpoint import checkpoint
 def kd(student_logits, teacher_logits, target=None, *, temperature=1.0):
     """Vanilla knowledge distillation (Hinton et al. 2015; paper eq. 1, second term).
 
-    T^2 * mean_B sum_K p_t (log p_t - log p_s), with p = softmax(z / T).
+    T^2 * mean_B sum_K p_t (log p_t - log p_s), with p = softmax(z / T), as in vanillaKD, mdistiller,
+    RepDistiller and timm.
     """
     student, teacher = _check_logits(student_logits, teacher_logits, temperature=temperature)
     log_p_student = F.log_softmax(student / temperature, dim=1)
@@ -64,7 +53,7 @@ def dkd(student_logits, teacher_logits, target, *, alpha=1.0, beta=2.0, temperat
 
     T^2 * mean_B [alpha * KL(b_t || b_s) + beta * KL(q_t || q_s)], where b = [p_y, 1 - p_y] and q is the
     softmax over the classes other than the target y. Soft targets [B, K] are reduced to their argmax, as
-    vanillaKD does. alpha=1, beta=1-p_t(y) per sample gives `kd`. Raises ValueError at K = 1.
+    vanillaKD and mdistiller do. alpha=1, beta=1-p_t(y) per sample gives `kd`. Raises ValueError at K = 1.
     """
     student, teacher = _check_logits(student_logits, teacher_logits, target, temperature)
     if student.shape[1] < 2:
@@ -95,7 +84,8 @@ def dist(student_logits, teacher_logits, target=None, *, beta=1.0, gamma=1.0, te
 
     T^2 * [beta * (1 - mean_B corr(rows)) + gamma * (1 - mean_K corr(columns))], with Pearson correlations
     between softmax(z / T) of the student and of the teacher. The column term compares classes across the
-    batch *of this process*: it changes with the batch size, and at B = 1 it is the constant gamma * T^2.
+    batch *of this process*: it changes with the batch size, and at B = 1 it is the constant gamma * T^2. As
+    in vanillaKD and DIST_KD.
     """
     student, teacher = _check_logits(student_logits, teacher_logits, temperature=temperature)
     p_student = (student / temperature).softmax(dim=1)
@@ -120,8 +110,9 @@ def dist(student_logits, teacher_logits, target=None, *, beta=1.0, gamma=1.0, te
 def bkl(student_logits, teacher_logits, target=None, *, reduction="mean"):
     """Binary KL divergence (paper eq. 3): a binary problem per class, p_s = sigmoid(z_s), p_t = softmax(z_t).
 
-    reduction="mean" is the binary cross-entropy of vanillaKD; "sum" is equation 3, with the teacher's entropy
-    subtracted (0 where p_s = p_t). The gradients differ by the factor K only. ValueError for any other.
+    reduction="mean", over batch and classes, is vanillaKD's binary cross-entropy, which made Table 4. "sum",
+    over classes, mean over the batch, is equation 3, with the teacher's entropy subtracted: 0 at p_s = p_t.
+    The gradients differ by the factor K only. Raises ValueError for any other.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"bkl: reduction must be 'mean' or 'sum', got {reduction!r}")
@@ -140,7 +131,10 @@ def bkl(student_logits, teacher_logits, target=None, *, reduction="mean"):
 
 
 def cross_entropy(logits, target, *, smoothing=0.0):
-    """Softmax cross-entropy of the target (1 - smoothing) * target + smoothing / K, as in timm and torch."""
+    """Softmax cross-entropy, sum over classes, mean over the batch, as in timm and torch.
+
+    The target is (1 - smoothing) * target + smoothing / K.
+    """
     logits, _ = _check_logits(logits, logits, target)
     target = target.long() if target.ndim == 1 else target.to(logits.dtype)
     no_label = torch.iinfo(torch.long).min  # by default, images labelled -100 would be left out
@@ -160,28 +154,20 @@ def binary_cross_entropy(logits, target, *, smoothing=0.0):
 
 
 def _check_logits(student_logits, teacher_logits, target=None, temperature=1.0):
-    """Both logits in float32 or better, the teacher's detached; a label loss passes its logits twice.
-
-    Raises ValueError for logits that are not [B, K] of one shape, a target that does not fit them, and a
-    temperature that is not positive.
-    """
-    for logits in (student_logits, teacher_logits):
-        if not (logits.is_floating_point() and logits.ndim == 2 and logits.numel()):
-            got = f"{logits.dtype} of shape {tuple(logits.shape)}"
-            raise ValueError(f"expected floating-point logits of shape [B, K], got {got}")
-    shape, teacher_shape = tuple(student_logits.shape), tuple(teacher_logits.shape)
-    if teacher_shape != shape:
-        raise ValueError(f"student logits {shape} and teacher logits {teacher_shape} differ in shape")
-    if target is not None and target.shape not in (shape, shape[:1]):
-        expected = f"[B] ids or [B, K] probabilities for logits {shape}"
-        raise ValueError(f"target must be {expected}, got {tuple(target.shape)}")
-    if target is not None and target.ndim == 1 and target.is_floating_point():
-        raise ValueError(f"class ids must be integers, got {target.dtype}")
+    """Both logits in float32 or better, the teacher's detached; a label loss passes its logits twice."""
+    both = (student_logits, teacher_logits.detach())
+    shape = tuple(student_logits.shape)
+    if any(not z.is_floating_point() or z.ndim != 2 or not z.numel() or z.shape != shape for z in both):
+        got = " and ".join(f"{z.dtype} {tuple(z.shape)}" for z in both)
+        raise ValueError(f"expected floating-point logits of one shape [B, K], got {got}")
+    ids = target is not None and target.shape == shape[:1] and not target.is_floating_point()
+    if not (target is None or target.shape == shape or ids):
+        expected = f"[B] integer ids or [B, K] probabilities for logits {shape}"
+        raise ValueError(f"target must be {expected}, got {target.dtype} {tuple(target.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-
     # float16 overflows at 65504 and resolves probabilities to 3 digits
-    return [z if z.dtype == torch.float64 else z.float() for z in (student_logits, teacher_logits.detach())]
+    return [z if z.dtype == torch.float64 else z.float() for z in both]
 
 
 # ---------------------------------------------------------------- distillation losses on features
@@ -192,7 +178,7 @@ class CC(nn.Module):
 
     e = W f + b for the pooled features of student and teacher, d = |e_s - e_t| [B, D]: mean over n < B of
     <d_n, d_{n+1}>. It depends on the order of the batch; and as both embeddings are trained, they can lower
-    it without the student. The recipe's weight holds the 0.02 of vanillaKD. Raises ValueError at B = 1.
+    it without the student. vanillaKD's factor of 0.02 is in the recipe's weight. Raises ValueError at B = 1.
     """
 
     def __init__(self, student_shapes, teacher_shapes, labels=None, *, dim=128):
@@ -216,8 +202,8 @@ class RKD(nn.Module):
     between j and k, L the smooth L1 loss between student and teacher, mean over all B^2 pairs and B^3
     triples, i = j included. `squared` takes d^2 for d in the first term. Raises ValueError at B = 1.
 
-    The references build [B, B, D] tensors (4 x 512 MB at B = 256, D = 2048). Here distances come from the
-    Gram matrix, and the cosines are computed in blocks.
+    vanillaKD, mdistiller and RepDistiller build [B, B, D] tensors (4 x 512 MB at B = 256, D = 2048). Here
+    distances come from the Gram matrix, and the cosines are computed in blocks.
     """
 
     block = 2**20  # cosines held at a time: 4 MB, which fits the cache of a CPU; all B^3 are 4 GB at B = 1024
@@ -289,8 +275,10 @@ class CRD(nn.Module):
         -mean_B [log x_0 / (x_0 + c) + sum_{j>0} log c / (x_j + c)]
 
     and then bank[i] = unit(momentum * bank[i] + (1 - momentum) * v_i). z is the mean of n_data * exp over the
-    first batch. Buffers: `bank_student`, `bank_teacher` [n_data, dim]; `z` [2], 0 until it is set. Memory:
-    `bank_bytes`, and [B, n_data] during a step. Raises ValueError without `labels`.
+    first batch. As in RepDistiller. Raises ValueError without `labels`.
+
+    Buffers: `bank_student`, `bank_teacher` [n_data, dim]; `z` [2], 0 until it is set. Memory: `bank_bytes`,
+    and [B, n_data] during a step.
     """
 
     def __init__(
@@ -337,10 +325,8 @@ class CRD(nn.Module):
         self.register_buffer("class_size", sizes[labels], persistent=False)
         self.register_buffer("class_start", starts[labels], persistent=False)
 
-    @staticmethod
-    def gather(tensor):
-        """[B, ...] of this process -> that of all. With several processes, set it to `accelerator.gather`."""
-        return tensor
+    # [B, ...] of this process -> that of all; with several processes, set it to `accelerator.gather`
+    gather = staticmethod(lambda tensor: tensor)
 
     @staticmethod
     def bank_bytes(n_data, dim=128):
@@ -421,7 +407,7 @@ def _unit(x, eps=1e-6):
 
 
 class ReviewKD(nn.Module):
-    """Knowledge review (Chen et al., CVPR 2021): fuses the student's levels, deepest first.
+    """Knowledge review (Chen et al., CVPR 2021): fuses the student's levels, deepest first, as in ReviewKD.
 
     Level i: x = conv1(f_i); with a = sigmoid(attention([x, deeper])) [B, 2, H, W] and the level below resized
     to x, x = a_0 x + a_1 deeper; conv2(x), at the teacher's size, is compared with the teacher's level, and x

@@ -406,12 +406,12 @@ def test_dist_of_constant_rows_has_no_gradient(constant, dtype):
     [
         (
             lambda: losses.kd(torch.zeros(4, 10), torch.zeros(4, 1)),
-            r"student logits \(4, 10\) and teacher logits \(4, 1\) differ",
+            r"of one shape \[B, K\], got torch.float32 \(4, 10\) and torch.float32 \(4, 1\)",
         ),
-        (lambda: losses.kd(torch.zeros(0, 10), torch.zeros(0, 10)), r"got torch.float32 of shape \(0, 10\)"),
+        (lambda: losses.kd(torch.zeros(0, 10), torch.zeros(0, 10)), r"got torch.float32 \(0, 10\)"),
         (
             lambda: losses.kd(torch.zeros(4, 10).long(), torch.zeros(4, 10)),
-            r"expected floating-point logits of shape \[B, K\], got torch.int64",
+            r"expected floating-point logits of one shape \[B, K\], got torch.int64 ",
         ),
         (
             lambda: losses.kd(torch.zeros(4, 10), torch.zeros(4, 10), temperature=0.0),
@@ -419,27 +419,27 @@ def test_dist_of_constant_rows_has_no_gradient(constant, dtype):
         ),
         (
             lambda: losses.cross_entropy(torch.zeros(4, 10), torch.zeros(3).long()),
-            r"logits \(4, 10\), got \(3,\)",
+            r"logits \(4, 10\), got torch.int64 \(3,\)",
         ),
         (
             lambda: losses.cross_entropy(torch.zeros(4, 10), torch.zeros(4)),
-            "class ids must be integers, got torch.float32",
+            r"be \[B\] integer ids .*, got torch.float32 \(4,\)",
         ),
         (
             lambda: losses.binary_cross_entropy(torch.zeros(4, 10), torch.zeros(4, 9)),
-            r"target must be \[B\] ids or \[B, K\] probabilities for logits \(4, 10\), got \(4, 9\)",
+            r"be \[B\] integer ids or \[B, K\] .* for logits \(4, 10\), got torch.float32 \(4, 9\)",
         ),
         (
             lambda: losses.dkd(torch.zeros(4, 10), torch.zeros(4, 10), torch.zeros(3).long()),
-            r"target must be \[B\] ids or \[B, K\] probabilities for logits \(4, 10\), got \(3,\)",
+            r"be \[B\] integer ids or \[B, K\] .* for logits \(4, 10\), got torch.int64 \(3,\)",
         ),
         (
             lambda: losses.dkd(torch.zeros(4, 10), torch.zeros(4, 10), torch.zeros(4)),
-            "class ids must be integers, got torch.float32",
+            r"be \[B\] integer ids .*, got torch.float32 \(4,\)",
         ),
         (
             lambda: losses.dist(torch.zeros(4, 10), torch.zeros(10)),
-            r"expected floating-point logits of shape \[B, K\], got torch.float32 of shape \(10,\)",
+            r"expected floating-point logits of one shape \[B, K\], got .* and torch.float32 \(10,\)",
         ),
         (
             lambda: losses.dkd(torch.zeros(4, 1), torch.zeros(4, 1), torch.zeros(4).long()),
