@@ -69,9 +69,8 @@ def seed_all(seed, device=None):
 def decode(content):
     """Bytes of an image file -> RGB image. BrokenImage for other bytes, and for more than MAX_PIXELS.
 
-    Images of folders, parquet and tar files are all decoded here. EXIF orientation is ignored, as in timm
-    and torchvision. Transparency is dropped, and the colours under it stay. Of 16 bits of grey the upper 8
-    are kept, as PIL does with colours.
+    EXIF orientation is ignored, as in timm and torchvision. Transparency is dropped, and the colours under it
+    stay. Of 16 bits of grey the upper 8 are kept, as PIL does with colours.
     """
     with _broken_if_undecodable(content):
         return _rgb(_opened(content))
@@ -161,20 +160,14 @@ def test_transform(data):
 
 
 def train_views(data):
-    """A function (content, seeds) -> iterator of views, uint8 [3, size, size], one for each seed.
-
-    It raises BrokenImage before the first view.
-    """
+    """(content, seeds) -> views, uint8 [3, size, size], one for each seed; BrokenImage before the first."""
     if data.pipeline == "fast":
         return _FastViews(data)
     return functools.partial(_timm_views, train_transform(data))
 
 
 def try_views(data):
-    """Make one training view of a black image, so that settings that cannot work show before any work.
-
-    Raises DataError.
-    """
+    """Make a training view of a black image; DataError for settings that cannot work."""
     content = io.BytesIO()
     try:
         Image.new("RGB", (data.size, data.size)).save(content, "png")
@@ -195,9 +188,8 @@ class _FastViews:
     """The crops of one image: timm's random numbers in timm's order, other arithmetic.
 
     A crop is resized by PyTorch, horizontally and then vertically, as PIL did before Pillow 13, and within
-    2 levels of that. Pillow 13 resizes some crops vertically first (its issue 9549): they differ from
-    Pillow 12's and from ours by at most 13 levels, near black and white, in 200 crops of photographs (65
-    dB). RandAugment is `Painter`'s. Views are channels-last in memory.
+    2 levels of that. Pillow 13 resizes some crops vertically first (its issue 9549): they differed by at most
+    13 levels, near black and white, in 200 crops of photographs. Views are channels-last in memory.
     """
 
     def __init__(self, data):
@@ -249,9 +241,8 @@ def mixer(data):
     """(images [B, 3, H, W] float in [0, 1], labels [B]) -> (images, target): random erasing, mixup, cutmix.
 
     None where the recipe has none of them. target: [B, K] with rows that sum to 1, or the labels where
-    nothing is mixed. timm's RandomErasing and Mixup, drawing from the global generators; Mixup draws once
-    for the whole batch, as upstream. No label smoothing here: each student smooths, which gives the same
-    loss.
+    nothing is mixed. By timm, which draws from the global generators, and once for a batch of Mixup, as
+    upstream. No label smoothing here: each student smooths, which gives the same loss.
     """
     mix = None
     if data.mixup or data.cutmix:

@@ -82,9 +82,8 @@ class TrainLoader:
         lengths, shards = sources.shard_lengths(self.split), self.split.rows.num_shards
         readers = self.world * max(self.workers, 1)
         if lengths is None and shards < readers:
-            raise DataError(
-                f"{source}: {shards} shards cannot feed {readers} readers: fewer processes or --workers"
-            )
+            found = f"{shards} shards cannot feed {readers} readers"
+            raise DataError(f"{source}: {found}: fewer processes or --workers")
         return lengths
 
     def _checked_size(self):
@@ -106,10 +105,8 @@ class TrainLoader:
         if not self.data.drop_last and rest >= self.accumulate * self.world:
             steps += 1
         if not steps:
-            raise DataError(
-                f"{self.data.source}, {self.data.train_split}: {self.size} images do not fill one step of "
-                f"{self.batch_size}"
-            )
+            name = f"{self.data.source}, {self.data.train_split}"
+            raise DataError(f"{name}: {self.size} images do not fill one step of {self.batch_size}")
         return steps
 
     @property
@@ -130,8 +127,7 @@ class TrainLoader:
     def batches(self, seed, start, stop):
         """Batches of steps start..stop-1, `accumulate` for each step, by one set of worker processes.
 
-        Raises DataError for more broken images than data.max_broken allows, and for a worker process that
-        died.
+        Raises DataError for more broken images than data.max_broken allows, and for a dead worker process.
         """
         order = None if self.data.streaming else _order(self, seed, start, stop)
         if self.resident:
@@ -196,6 +192,7 @@ class _BatchMaker:
     def _samples(self, crops):
         """[(image, label, id)] of crops of one image."""
         _, _, number, row = crops[0]
+        # a checksum is the same for any sharding
         id = sources.checksum(row, self.data) if self.data.streaming else number
         image = sources.encoded(row, id, self.data, self.split)
         seeds = [seed_of(self.seed, epoch, id, repeat) for epoch, repeat, _, _ in crops]
@@ -218,8 +215,7 @@ def _order(loader, seed, start, stop):
 
     crops: an epoch's random order of the images, each `repeats` times in a row, cut at the size of the data
     set. They are dealt out one by one, as by timm's RepeatAugSampler: the crops of an image fall to
-    different processes. With fewer processes they fall to the batches that are accumulated instead, so a
-    step does not depend on their number.
+    different processes, or batches that are accumulated, and a step does not depend on their number.
     """
     permuted_epoch, repeats = None, loader.data.repeats
     hands = loader.world * loader.accumulate
@@ -257,14 +253,11 @@ class _StreamedBatches(IterableDataset):
 
     Where the lengths of the shards are known, every reader takes as many images as its batches need from
     the concatenated shards: each image comes once an epoch, whatever the number of shards. Where they are
-    not (tar files on the hub), readers take whole shards, and one with too few images begins its shards
-    again.
+    not (tar files on the hub), readers take whole shards, and one with too few images begins them again.
 
-    An image's id is a checksum of its bytes, which any sharding leaves as it is. `datasets`' own shuffle is
-    not used: it sleeps 5 s at the end of a pass, copies its buffer, and cannot be resumed inside an epoch;
-    here a resumed reader skips rows without decoding them. Which images make a batch depends on the number
-    of processes and workers. Repeated crops are neighbours in a batch: to spread them over processes, each
-    would have to read the whole stream.
+    `datasets`' own shuffle is not used: it sleeps 5 s at the end of a pass, copies its buffer, and cannot be
+    resumed inside an epoch; here a resumed reader skips rows without decoding them. Repeated crops are
+    neighbours in a batch: to spread them over processes, each would have to read the whole stream.
     """
 
     def __init__(self, loader, seed, start, stop):
@@ -304,9 +297,8 @@ class _StreamedBatches(IterableDataset):
             rows = _shuffled(rows, data.shuffle_buffer, chance)
             first = next(rows, None)
             if first is None:
-                raise DataError(
-                    f"{data.source}: the shards of reader {slot} of process {loader.rank} are empty"
-                )
+                name = f"{data.source}: the shards of reader {slot} of process {loader.rank}"
+                raise DataError(f"{name} are empty")
             yield first
             yield from rows
 
@@ -357,11 +349,10 @@ def test_loader(data, *, batch_size, rank=0, world=1, workers=0, pin=False, numb
     split = sources.open_split(data, data.test_split)
     if device is not None and data.resident and data.crop_pct == 1:
         return resident.test_batches(split, data, batch_size, rank, world, torch.device(device))
-    images = _TestImages(split, data, rank, world, numbered)
-    if isinstance(split.rows, datasets.IterableDataset):
-        images = _StreamedTestImages(images)
-    elif not len(split.rows):
+    streamed = isinstance(split.rows, datasets.IterableDataset)
+    if not streamed and not len(split.rows):
         raise DataError(f"{data.source}, {data.test_split}: no images")
+    images = (_StreamedTestImages if streamed else _TestImages)(split, data, rank, world, numbered)
     return Loader(images, batch_size, num_workers=workers, pin_memory=pin)
 
 
@@ -394,15 +385,12 @@ def _validation_number(image):
     return int(match[1])
 
 
-class _StreamedTestImages(IterableDataset):
+class _StreamedTestImages(_TestImages, IterableDataset):
     """(image, label, index) of a streamed split: its shards are dealt to processes and workers."""
 
-    def __init__(self, images):
-        self.images = images
-
     def __iter__(self):
-        images, shards = self.images, self.images.split.rows.num_shards
         workers, worker = _worker()
-        for shard in range(images.rank * workers + worker, shards, images.world * workers):
-            for row in sources.shard_rows(images.split, shard, images.data.source):
-                yield images.sample(row, sources.checksum(row, images.data))
+        shards = range(self.split.rows.num_shards)[self.rank * workers + worker :: self.world * workers]
+        for shard in shards:
+            for row in sources.shard_rows(self.split, shard, self.data.source):
+                yield self.sample(row, sources.checksum(row, self.data))

@@ -35,8 +35,7 @@ def lr_at(step, steps_per_epoch, epochs, schedule, lr):
 def soft_weight_at(epoch, soft):
     """Weight of the distillation loss in an epoch, counted from 0; 0 where `soft` (recipe.Soft) is None.
 
-    It rises linearly over the first `warmup_epochs` and reaches its value in the last of them: mdistiller's
-    DKD.
+    It rises linearly and reaches its value in the last of the `warmup_epochs`: mdistiller's DKD.
     """
     if soft is None:
         return 0.0
@@ -61,7 +60,7 @@ def make_optimizer(module, student):
         )
     except Exception as error:  # the constructors of a hundred optimizers raise anything
         known = list_optimizers()
-        near = difflib.get_close_matches(name, known, n=1) if name not in known else []
+        near = [] if name in known else difflib.get_close_matches(name, known, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"optimizer {name!r} cannot be built with {arguments}: {error}{hint}") from error
 
@@ -69,8 +68,7 @@ def make_optimizer(module, student):
 def start_momentum(optimizer):
     """Zero the momentum of SGD before its first step.
 
-    PyTorch's fused SGD allocates it without a value, and keeps that where a float16 scaler leaves the first
-    step out.
+    PyTorch's fused SGD leaves it without a value where a float16 scaler leaves the first step out.
     """
     for group in optimizer.param_groups:
         if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
@@ -88,9 +86,8 @@ def clip_and_step(accelerator, optimizer, clip_grad):
     """Clip to the global norm `clip_grad` (None: no clipping), step, drop the gradients.
 
     Returns a bool scalar on the device: whether the gradient was finite. One that is not is replaced by
-    zeros, for all parameters. The host does not look at it, because that would stop the device: with every
-    optimizer the step then happens with a zero gradient, so momentum and weight decay still act. With a
-    float16 scaler the scaler leaves the step out.
+    zeros, for all parameters: the host does not look at it, which would stop the device, and momentum and
+    weight decay still act. A float16 scaler leaves the step out.
     """
     accelerator.unscale_gradients(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -103,8 +100,7 @@ def clip_and_step(accelerator, optimizer, clip_grad):
     for parameter in parameters:
         parameter.grad.masked_fill_(not_finite, 0.0)
 
-    # accelerate's wrapper is needed for the scaler alone; it searches for an optional package in every step,
-    # for 150 us
+    # accelerate's wrapper is for the scaler alone; it searches for a package in every step, for 150 us
     (optimizer if accelerator.scaler is not None else optimizer.optimizer).step()
     for parameter in parameters:
         parameter.grad = None

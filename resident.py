@@ -23,8 +23,8 @@ class Resident:
     """A split's images, padded, as one tensor on a device: uint8 [N, 3, size + 2 padding, size + 2 padding].
 
     A crop of an image is one of its `views`: view = 2 * (y * (2 padding + 1) + x) + flipped, for a crop at
-    (y, x) of the padded image; view `whole` is the image itself. Decoded once. A broken image stays black,
-    is in `broken` ({row number: reason}), and no batch shows it.
+    (y, x) of the padded image; view `whole` is the image itself. A broken image stays black, is in `broken`
+    ({row number: reason}), and no batch shows it.
     """
 
     def __init__(self, split, data, device):
@@ -59,10 +59,7 @@ class Resident:
 
 
 def _decoded(split, data):
-    """(uint8 [3, size, size], class id) of every row in order, or its BrokenImage.
-
-    In threads: PIL decodes without Python's lock.
-    """
+    """(uint8 [3, size, size], class id) of every row in order, or its BrokenImage."""
 
     def decoded(index, row):
         image = sources.encoded(row, index, data, split)
@@ -74,7 +71,7 @@ def _decoded(split, data):
         return pixels.transpose(2, 0, 1), image.label
 
     rows = itertools.chain.from_iterable(map(sources.rows_of, split.rows.iter(1000)))
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:  # PIL decodes without Python's lock
         yield from pool.map(decoded, itertools.count(), rows)
 
 
@@ -128,9 +125,9 @@ def test_batches(split, data, batch_size, rank, world, device):
     resident = Resident(split, data, device)
     if resident.broken:
         raise DataError(next(iter(resident.broken.values())))
-    shares = []
-    for index in torch.arange(rank, len(resident.labels), world, device=device).split(batch_size):
-        if len(index):
-            whole = torch.full_like(index, resident.whole)
-            shares.append((resident.crops(index, whole), resident.labels[index], index))
-    return shares
+    share = torch.arange(rank, len(resident.labels), world, device=device).split(batch_size)
+    return [
+        (resident.crops(index, torch.full_like(index, resident.whole)), resident.labels[index], index)
+        for index in share
+        if len(index)
+    ]
