@@ -426,8 +426,8 @@ class Exported:
 
     model: recipe.Text
     model_args: dict
-    mean: recipe.NonEmpty[recipe.Real]
-    std: recipe.NonEmpty[recipe.Real]
+    mean: recipe.NonEmpty[float]
+    std: recipe.NonEmpty[float]
     detector: Settings
     classes: recipe.NonEmpty[recipe.Text]  # names of the labels 1, 2, ...
     category_ids: recipe.NonEmpty[recipe.Whole]  # their ids in COCO

@@ -10,53 +10,40 @@ what was given. The names of models, optimizers and losses are checked by train.
 import collections
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import os
-import re
-import typing
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticKnownError
 
 MAX_BYTES = 2**20  # a recipe is a page: a larger file is a mistake or an attack
 MAX_DEPTH = 32
 MAX_INTEGER = 2**63 - 1
 
-REMOVED = {  # removed option: (the value that changes nothing, what to do instead)
-    ("data", "rand_augment_on"): ("cpu", "RandAugment runs on the CPU, in loader workers: leave the key out"),
-    ("teacher", "memo"): (None, "all students share one forward pass of the teacher: leave the key out"),
-}
+# Options of older recipes, and the value of each that changes nothing.
+REMOVED = {("data", "rand_augment_on"): "cpu", ("teacher", "memo"): None}
 
 
 class RecipeError(Exception):
     """Bad input: the message says where and what was expected. Scripts print it and exit with code 2."""
 
 
-def _exact(value):
-    """Refuse an integer that its float may not equal."""
-    if type(value) is int and abs(value) >= 2**53:
-        raise PydanticKnownError("float_type")
-    return value
-
-
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 Whole = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
-Real = Annotated[float, BeforeValidator(_exact)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
-Number = Annotated[Real, Field(ge=0)]
-Share = Annotated[Real, Field(ge=0, le=1)]
+Number = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Text = Annotated[str, Field(min_length=1)]
 NonEmpty = Annotated[tuple[T, ...], Field(min_length=1)]
 Pair = Annotated[tuple[T, ...], Field(min_length=2, max_length=2)]
 
-section = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
+_CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+section = dataclass(frozen=True, kw_only=True, config=_CONFIG)
 
 
 @section
@@ -126,10 +113,10 @@ class Data:
     mixup: Number  # alpha of the Beta distribution; 0: off
     cutmix: Number  # likewise
     drop_last: bool
-    crop_pct: Annotated[Real, Field(ge=0.01, le=1)]  # evaluation: resize to size / crop_pct, centre crop
+    crop_pct: Annotated[float, Field(ge=0.01, le=1)]  # evaluation: resize to size / crop_pct, centre crop
     interpolation: Literal["bilinear", "bicubic"]  # evaluation
     max_broken: Share = 0.001  # share of the training images that may be broken before the run stops
-    fraction: Annotated[Real, Field(ge=1e-4, le=1)] = 1.0  # of each class, the same images for all seeds
+    fraction: Annotated[float, Field(ge=1e-4, le=1)] = 1.0  # of each class, the same images for all seeds
     pipeline: Literal["fast", "timm"] = "timm"  # of crop 'resized'. fast: same random numbers, other rounding
     resident: bool = False  # the whole set as one tensor on the device, cropped there; needs crop 'pad'
 
@@ -149,8 +136,8 @@ class Teacher:
     pretrained: bool = False
     checkpoint: Text | None = None
     recipe: Text | None = None
-    mean: NonEmpty[Real] | None = None  # null: mean and std of the network's timm configuration
-    std: NonEmpty[Real] | None = None
+    mean: NonEmpty[float] | None = None  # null: mean and std of the network's timm configuration
+    std: NonEmpty[float] | None = None
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # null: that of `accelerate launch`
 
 
@@ -176,8 +163,8 @@ class Student:
     model_args: dict  # passed to timm.create_model
     pretrained: bool  # begin with timm's weights
     weights: Text | None = None  # begin with those of a file or an exported folder; other classes: a new head
-    mean: NonEmpty[Real] | None = None  # as the teacher's
-    std: NonEmpty[Real] | None = None
+    mean: NonEmpty[float] | None = None  # as the teacher's
+    std: NonEmpty[float] | None = None
     optimizer: Text  # timm's name
     optimizer_args: dict
     lr: Number
@@ -211,30 +198,90 @@ class Recipe:
 
     def contradictions(self):
         """Yield the errors of a recipe whose fields are valid one by one."""
-        return _contradictions(self)
+        per_process, schedule, data = self.batch_size_per_process, self.schedule, self.data
+        if self.batch_size % per_process:
+            yield f"batch_size {self.batch_size} is not a multiple of batch_size_per_process {per_process}"
+        if isinstance(schedule, Cosine) and schedule.warmup_epochs > self.epochs:
+            yield f"schedule.warmup_epochs: {schedule.warmup_epochs} is more than epochs, {self.epochs}"
+        if isinstance(schedule, Milestones) and list(schedule.milestones) != sorted(set(schedule.milestones)):
+            yield f"schedule.milestones: expected ascending epochs, got {_show(list(schedule.milestones))}"
+        if (data.mixup or data.cutmix) and (per_process % 2 or not data.drop_last):
+            yield "data: mixup and cutmix pair images: batch_size_per_process must be even and drop_last true"
+        yield from _contradictions_of_data(data)
+        yield from _contradictions_of_networks(self.teacher, self.students)
+
+
+def _contradictions_of_data(data):
+    if isinstance(data.crop, ResizedCrop):
+        for name, (low, high) in (("scale", data.crop.scale), ("ratio", data.crop.ratio)):
+            if not 0 < low <= high:
+                yield f"data.crop.{name}: expected 0 < low <= high, got {[low, high]}"
+    got = f"got crop {data.crop.kind!r} and rand_augment {_show(data.rand_augment)}"
+    other_policy = not (data.rand_augment or "rand-").startswith("rand-")
+    if data.pipeline == "fast" and (data.crop.kind != "resized" or other_policy):
+        yield f"data.pipeline: 'fast' needs crop 'resized', RandAugment or none; {got}: set it to 'timm'"
+    if data.resident and (data.crop.kind != "pad" or data.rand_augment):
+        yield f"data.resident: it needs crop 'pad' and rand_augment null; {got}: set resident to false"
+
+    if data.streaming and not (data.train_size and data.drop_last and data.shuffle_buffer):
+        yield "data: a stream needs its train_size, drop_last true, and a shuffle_buffer of at least 1"
+    if data.shuffle_buffer and not data.streaming:
+        yield f"data.shuffle_buffer: expected 0 without streaming, got {data.shuffle_buffer}"
+    if data.streaming and (data.resident or data.fraction < 1):
+        yield (
+            "data: resident and fraction need the whole set, which a stream never is: set streaming to false "
+            "and shuffle_buffer to 0, or resident to false and fraction to 1"
+        )
+
+
+def _contradictions_of_networks(teacher, students):
+    names = [student.name for student in students]
+    names += [f"{student.name}-ema" for student in students if student.ema is not None]
+    if len(set(names)) < len(names):
+        yield f"students: names must differ, also from NAME-ema of a student with ema; got {_show(names)}"
+    distilled = [student.name for student in students if student.soft]
+    if distilled and not teacher:
+        yield f"students {_show(distilled)} have a distillation loss ('soft') but teacher is null"
+
+    networks = {f"students[{i}]": student for i, student in enumerate(students)}
+    if teacher:
+        networks["teacher"] = teacher
+        if not distilled:
+            yield "teacher: no student has a distillation loss ('soft'): set teacher to null"
+        if (teacher.model is None) != (teacher.recipe is not None):
+            yield "teacher: expected recipe, or a model with checkpoint or pretrained"
+        if teacher.recipe and (teacher.model_args or teacher.size or teacher.mean or teacher.std):
+            yield "teacher: with recipe, model_args, size, mean and std come from that recipe"
+    origins = ("recipe", "checkpoint", "pretrained", "weights")
+    for path, network in networks.items():
+        given = [name for name in origins if getattr(network, name, None)]
+        if len(given) > 1:
+            yield f"{path}: expected one origin of the weights, got {' and '.join(given)}"
+        if (network.mean is None) != (network.std is None):
+            yield f"{path}: give both mean and std, or neither"
+
+
+# ---------------------------------------------------------------- JSON in, JSON out
 
 
 def load(path, overrides=(), kind=Recipe):
     """Recipe from a JSON file, with `path=value` overrides (JSON values, else text) through the same checks.
 
-    kind: the dataclass of its format. Raises RecipeError with all errors, each with the file, the path in it,
-    what was expected and was given.
+    kind: the dataclass of its format. Raises RecipeError with all errors of the file.
     """
     tree = read_json(path)
     drop_removed(tree)
-
-    errors = []
-    for override in overrides:
-        problem = _apply(tree, override)
-        if problem:
-            errors.append(f"--set {printable(override)}: {problem}")
-
-    for loc, node in _walk(tree):
-        errors += [_at(loc, f"duplicate key {_show(key)}") for key in getattr(node, "repeated", ())]
-    recipe, faults = _validate(tree, kind)
-    errors += faults
-    if not errors:
-        errors = list(recipe.contradictions())
+    problems = [(override, _apply(tree, override)) for override in overrides]
+    errors = [f"--set {printable(override)}: {problem}" for override, problem in problems if problem]
+    try:
+        # from JSON text, because strict pydantic takes no list for a tuple
+        recipe = TypeAdapter(kind).validate_json(json.dumps(tree, ensure_ascii=False).encode())
+        errors += recipe.contradictions()
+    except UnicodeEncodeError as error:
+        excerpt = error.object[max(error.start - 40, 0) : error.end]
+        errors.append(f"expected text that UTF-8 can encode, got {excerpt!r}")
+    except ValidationError as error:
+        errors += [_explain(fault, kind) for fault in error.errors() if not _follows(fault)]
     if errors:
         raise RecipeError("\n".join(f"{printable(path)}: {error}" for error in errors))
     return recipe
@@ -247,7 +294,7 @@ def dump(recipe):
 
 def drop_removed(tree):
     """Delete removed options from a recipe as JSON, in place, where their value changes nothing."""
-    for (name, key), (harmless, _) in REMOVED.items():
+    for (name, key), harmless in REMOVED.items():
         fields = tree.get(name) if isinstance(tree, dict) else None
         if isinstance(fields, dict) and fields.get(key, ...) == harmless:
             del fields[key]
@@ -260,15 +307,6 @@ def nearest(word, known):
 
 
 # ---------------------------------------------------------------- strict JSON
-
-
-class _Object(dict):
-    """A JSON object that knows its repeated keys: json.loads alone keeps the last value without a word."""
-
-    def __init__(self, pairs):
-        super().__init__(pairs)
-        counts = collections.Counter(key for key, _ in pairs)
-        self.repeated = [key for key, count in counts.items() if count > 1]
 
 
 def read_json(path, max_bytes=MAX_BYTES):
@@ -297,24 +335,28 @@ def read_json(path, max_bytes=MAX_BYTES):
 
 
 def _parse(text):
-    def number(digits):
-        value = float(digits)
-        if not math.isfinite(value):
-            raise ValueError(f"{digits[:40]} is not a finite number")
-        return value
-
-    tree = json.loads(text, object_pairs_hook=_Object, parse_constant=number, parse_float=number)
-    if any(len(loc) >= MAX_DEPTH for loc, _ in _walk(tree)):
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    tree = json.loads(text, object_pairs_hook=_object)
+    _check(tree)
     return tree
 
 
-def _walk(node, loc=()):
-    """Yield (keys that lead to it, value) for every value in JSON."""
-    yield loc, node
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, child in children:
-        yield from _walk(child, (*loc, key))
+def _object(pairs):
+    """A JSON object; ValueError for a repeated key, of which json.loads alone would take the last."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        counts = collections.Counter(key for key, _ in pairs)
+        raise ValueError(f"duplicate key {_show(counts.most_common(1)[0][0])}")
+    return tree
+
+
+def _check(node, depth=1):
+    """ValueError for JSON that is nested too deeply, or with a number that is not finite."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(node, float) and not math.isfinite(node):
+        raise ValueError(f"{node} is not a finite number")
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _check(child, depth + 1)
 
 
 def _apply(tree, override):
@@ -329,61 +371,31 @@ def _apply(tree, override):
 
     node = tree
     for part in path.split("."):
-        if not isinstance(node, dict | list):
+        if isinstance(node, list):  # an item is called by its index or its "name"
+            names = [item.get("name") if isinstance(item, dict) else None for item in node]
+            keys = {str(i): i for i in range(len(node))}
+            keys |= {name: i for i, name in enumerate(names) if isinstance(name, str)}
+            if part not in keys:
+                return f"{part!r} is not one of {_show(list(keys))}"
+            part = keys[part]
+        elif not isinstance(node, dict):
             return f"nothing called {part!r} can be set in {_show(node)}"
-        keys = _keys(node) if isinstance(node, list) else {part: part}
-        if part not in keys:
-            return f"{part!r} is not one of {_show(list(keys))}"
-        parent, key = node, keys[part]
-        node = node[key] if isinstance(node, list) else node.get(key)
+        parent, key = node, part
+        node = node[part] if isinstance(node, list) else node.get(part)
     parent[key] = value
     return None
 
 
-def _keys(items):
-    """{text: index} for the items of a list, by their index and by their "name"."""
-    names = {str(index): index for index in range(len(items))}
-    for index, item in enumerate(items):
-        if isinstance(item, dict) and isinstance(item.get("name"), str):
-            names[item["name"]] = index
-    return names
-
-
 # ---------------------------------------------------------------- pydantic's errors in a user's words
 
-_WORDS = {
-    "bool_type": "true or false",
-    "dataclass_type": "an object",
-    "dict_type": "an object",
-    "float_type": "a number",
-    "greater_than_equal": "a number >= {ge:g}",
-    "int_type": "a whole number",
-    "less_than_equal": "a number <= {le:g}",
-    "literal_error": "{expected}",
+_WORDS = {  # where pydantic's own are those of Python
     "string_pattern_mismatch": "a name of a-z, 0-9, '.', '_', '-' (at most 64, first a letter or digit)",
     "string_too_short": "a text that is not empty",
-    "string_type": "a text",
     "too_long": "a list of at most {max_length}",
     "too_short": "a list of at least {min_length}",
-    "tuple_type": "a list",
     "union_tag_invalid": '"kind" to be one of {expected_tags}',
     "union_tag_not_found": 'an object with "kind"',
 }
-
-
-def _validate(tree, kind):
-    """(recipe, []) or (None, errors). From JSON text, because strict pydantic takes no list for a tuple."""
-    try:
-        return _adapter(kind).validate_json(json.dumps(tree, ensure_ascii=False).encode()), []
-    except UnicodeEncodeError as error:
-        excerpt = error.object[max(error.start - 40, 0) : error.end]
-        return None, [f"expected text that UTF-8 can encode, got {excerpt!r}"]
-    except ValidationError as error:
-        faults = error.errors(include_url=False)
-        return None, [_explain(fault, kind) for fault in faults if not _follows(fault)]
-
-
-_adapter = functools.cache(TypeAdapter)
 
 
 def _follows(fault):
@@ -393,47 +405,41 @@ def _follows(fault):
 
 def _explain(fault, recipe_kind):
     """One error of pydantic as "path: expected ..., got ..."."""
-    kind, context, loc = fault["type"], fault.get("ctx", {}), fault["loc"]
-    section, path = _section_of(loc, recipe_kind)
+    kind = fault["type"]
+    section, path = _section_of(fault["loc"], recipe_kind)
 
     if path in REMOVED:
-        return _at(path, f"this option was removed; {REMOVED[path][1]}")
+        return _at(path, "this option was removed: leave the key out")
     if kind == "missing":
         return _at(path[:-1], f"missing key {path[-1]!r}")
     if kind == "unexpected_keyword_argument":
         hint = nearest(path[-1], [field.name for field in dataclasses.fields(section)])
         return _at(path[:-1], f"unknown key {_show(path[-1])}{hint}")
 
-    words = _WORDS.get(kind, "{msg}").format(msg=fault["msg"], **context)
-    hint = ""
-    if kind in ("literal_error", "union_tag_invalid"):
-        hint = nearest(str(context.get("tag", fault["input"])), re.findall(r"'([^']+)'", words))
-    return _at(path, f"expected {words}, got {_show(fault['input'])}{hint}")
+    expected = fault["msg"].removeprefix("Input should be ")
+    if kind in _WORDS:
+        expected = _WORDS[kind].format(**fault.get("ctx", {}))
+    return _at(path, f"expected {expected}, got {_show(fault['input'])}")
 
 
-def _section_of(loc, kind):
+def _section_of(loc, section):
     """(dataclass that the last key of a place belongs to, the place without the values of "kind" in it)."""
-    section, path, tagged = kind, [], {}
+    path, tagged = [], {}
     for part in loc:
         if part in tagged:
             section, tagged = tagged[part], {}
             continue
         path.append(part)
-        inside = [] if isinstance(part, int) else _dataclasses_in(typing.get_type_hints(section).get(part))
-        if len(inside) == 1:
-            section = inside[0]
-        tagged = {_kind_of(one): one for one in inside} if len(inside) > 1 else {}
+        inside = _dataclasses_in(get_type_hints(section).get(part))
+        section = inside[0] if inside else section
+        tagged = {tag: one for one in inside for tag in get_args(get_type_hints(one).get("kind"))}
     return section, tuple(path)
-
-
-def _kind_of(section):
-    return typing.get_args(typing.get_type_hints(section)["kind"])[0]
 
 
 def _dataclasses_in(hint):
     if dataclasses.is_dataclass(hint):
         return [hint]
-    return [found for part in typing.get_args(hint) for found in _dataclasses_in(part)]
+    return [found for part in get_args(hint) for found in _dataclasses_in(part)]
 
 
 def _at(loc, message):
@@ -450,79 +456,3 @@ def _show(value):
 def printable(text):
     """A path, key or name of others for a terminal: control characters and half surrogate pairs escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-# ---------------------------------------------------------------- fields that contradict each other
-
-
-def _contradictions(recipe):
-    """The errors of a recipe whose fields are valid one by one."""
-    data, schedule, per_process = recipe.data, recipe.schedule, recipe.batch_size_per_process
-    if recipe.batch_size % per_process:
-        yield f"batch_size {recipe.batch_size} is not a multiple of batch_size_per_process {per_process}"
-    if isinstance(schedule, Cosine) and schedule.warmup_epochs > recipe.epochs:
-        yield f"schedule.warmup_epochs: {schedule.warmup_epochs} is more than epochs, {recipe.epochs}"
-    if isinstance(schedule, Milestones) and list(schedule.milestones) != sorted(set(schedule.milestones)):
-        yield f"schedule.milestones: expected ascending epochs, got {_show(list(schedule.milestones))}"
-
-    images = (data.train_size or math.inf) * data.fraction
-    if data.drop_last and images < recipe.batch_size:
-        yield f"data: {images:.0f} images do not fill one batch of {recipe.batch_size}, and drop_last is true"
-    if (data.mixup or data.cutmix) and (per_process % 2 or not data.drop_last):
-        yield "data: mixup and cutmix pair images: batch_size_per_process must be even and drop_last true"
-    if isinstance(data.crop, ResizedCrop):
-        for name in ("scale", "ratio"):
-            low, high = getattr(data.crop, name)
-            if not 0 < low <= high:
-                yield f"data.crop.{name}: expected 0 < low <= high, got {[low, high]}"
-    if data.pipeline == "fast" and not isinstance(data.crop, ResizedCrop):
-        yield "data.pipeline: 'fast' is for crop 'resized': set pipeline to 'timm'"
-    if data.pipeline == "fast" and not (data.rand_augment or "rand-").startswith("rand-"):
-        yield f"data.pipeline: 'fast' knows RandAugment only, got rand_augment {_show(data.rand_augment)}"
-
-    if data.streaming and not (data.train_size and data.drop_last):
-        yield "data: a stream has no length: give train_size, and set drop_last to true"
-    if data.streaming != (data.shuffle_buffer > 0):
-        expected = "at least 1 with" if data.streaming else "0 without"
-        yield f"data.shuffle_buffer: expected {expected} streaming, got {data.shuffle_buffer}"
-    whole, without = "set streaming to false and shuffle_buffer to 0", "or resident to false"
-    if data.streaming and data.fraction < 1:
-        yield f"data.fraction: a stream's classes are not known beforehand: {whole}"
-    if data.resident and data.streaming:
-        yield f"data.resident: a stream is never whole: {whole}, {without}"
-    if data.resident and not isinstance(data.crop, PadCrop):
-        yield f"data.resident: crops are cut from padded images: use crop {{'kind': 'pad', ...}}, {without}"
-    if data.resident and data.rand_augment:
-        yield f"data.resident: rand_augment works on one image at a time: set rand_augment to null, {without}"
-    yield from _contradictions_of_networks(recipe.teacher, recipe.students)
-
-
-def _contradictions_of_networks(teacher, students):
-    names = [student.name for student in students]
-    names += [f"{student.name}-ema" for student in students if student.ema is not None]
-    if len(set(names)) < len(names):
-        yield f"students: names must differ, also from NAME-ema of a student with ema; got {_show(names)}"
-    distilled = [student.name for student in students if student.soft]
-    if distilled and not teacher:
-        yield f"students {_show(distilled)} have a distillation loss ('soft') but teacher is null"
-    if teacher and not distilled:
-        yield "teacher: no student has a distillation loss ('soft'): set teacher to null"
-
-    networks = [(f"students[{i}]", student) for i, student in enumerate(students)]
-    if teacher:
-        networks.insert(0, ("teacher", teacher))
-        origins = [name for name in ("recipe", "checkpoint", "pretrained") if getattr(teacher, name)]
-        if len(origins) > 1:
-            yield f"teacher: expected one of recipe, checkpoint, pretrained; got {' and '.join(origins)}"
-        if (teacher.model is None) != (teacher.recipe is not None):
-            yield "teacher: expected recipe, or a model with checkpoint or pretrained"
-        if teacher.recipe and (teacher.model_args or teacher.size or teacher.mean or teacher.std):
-            yield "teacher: with recipe, model_args, size, mean and std come from that recipe"
-    for i, student in enumerate(students):
-        if student.pretrained and student.weights:
-            yield f"students[{i}]: expected one of pretrained, weights"
-    for path, network in networks:
-        if (network.mean is None) != (network.std is None):
-            yield f"{path}: give both mean and std, or neither"
-        if network.std and min(network.std) <= 0:
-            yield f"{path}.std: expected positive numbers, got {_show(list(network.std))}"

@@ -10,7 +10,7 @@ from conftest import ROOT
 # Every file imports only from those above it, and these packages beside the standard library.
 TABLE = """
 losses: torch
-recipe: pydantic pydantic_core
+recipe: pydantic
 folders: PIL datasets pyarrow tqdm
 sources: recipe folders PIL datasets fsspec huggingface_hub numpy pyarrow sklearn timm
 rand_augment: PIL cv2 numpy timm torch
