@@ -74,7 +74,7 @@ class TrainLoader:
     def _shard_lengths(self):
         """Images of each shard of a stream, or None; DataError for one that cannot be shuffled or shared."""
         source = self.data.source
-        if sources.is_image_folder(self.split):
+        if sources.is_image_folder(self.split.files):
             raise DataError(
                 f"{source}: image files lie sorted by class, and a stream cannot shuffle them: "
                 "--set data.streaming=false data.shuffle_buffer=0"
@@ -120,8 +120,7 @@ class TrainLoader:
         """Class id of every training image by its index, int64 [size]; None for a stream."""
         if self.data.streaming:
             return None
-        column = self.data.label
-        labels = torch.as_tensor(self.split.rows.with_format("numpy", columns=[column])[:][column])
+        labels = torch.as_tensor(sources.labels_of(self.split.rows, self.data))
         return labels if self.split.ids is None else torch.tensor(self.split.ids)[labels]
 
     def batches(self, seed, start, stop):
@@ -196,7 +195,7 @@ class _BatchMaker:
         id = sources.checksum(row, self.data) if self.data.streaming else number
         image = sources.encoded(row, id, self.data, self.split)
         seeds = [seed_of(self.seed, epoch, id, repeat) for epoch, repeat, _, _ in crops]
-        with sources.named(image):
+        with sources.named(image.name):
             return [(view, image.label, id) for view in self.views(image.content, seeds)]
 
 
@@ -372,7 +371,7 @@ class _TestImages(Dataset):
 
     def sample(self, row, index):
         image = sources.encoded(row, index, self.data, self.split)
-        with sources.named(image):
+        with sources.named(image.name):
             pixels = torch.as_tensor(self.transform(augment.decode(image.content)))
         return pixels, image.label, _validation_number(image) if self.numbered else index
 

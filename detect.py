@@ -185,7 +185,7 @@ def run(path, overrides, out, options):
         coco.Split(settings.data.source, name, training=training, **place)
         for name, training in (("train2017", True), ("val2017", False))
     ]
-    class_names.check_same(splits[0].names, splits[1].names, "train2017")
+    class_names.check_same(splits[0].names, splits[1].names, "train2017", "val2017")
     pin = lead.device.type == "cuda"
     loader = coco.TrainLoader(splits[0], settings, **place, workers=options.workers, pin=pin)
     built = [build(settings, student, splits[0], lead) for student in settings.students]

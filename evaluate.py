@@ -238,42 +238,36 @@ def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers, per_cla
     """One row of scores for each network and result. Networks that want the same images share one pass.
 
     networks: those of `open_networks`. per_class: rows for each class instead; confusion: a CSV file to
-    write. How images are prepared, and where classes were matched by name, is
-    told on the error output.
+    write. How images are prepared, and where classes were matched by name, is told on the error output.
     """
-    passes, order = {}, []
+    rows, passes, counts = [], {}, {}
     for name, network, sets in networks:
         for results, section in sets:
             section, ids = match_classes(name, network, section, is_imagenet)
-            passes.setdefault((results, section), []).append((name, network.to(accelerator.device), ids))
-            order += [(name, result, section) for result in results]
+            own = [{"checkpoint": name, "data": result, "split": section.test_split} for result in results]
+            passes.setdefault((results, section), []).append((network.to(accelerator.device), ids, own))
+            rows += own
             for note in notes(network, section, ids):
                 accelerator.print(f"{name}: {note}", file=sys.stderr)
 
-    scores, counts = {}, {}
+    place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=workers)
     for (results, section), members in passes.items():
         real = real_labels() if is_imagenet and "real" in results else None
-        place = dict(rank=accelerator.process_index, world=accelerator.num_processes, workers=workers)
         loader = data.test_loader(section, batch_size=batch_size, numbered=real is not None, **place)
-        index, labels, best = predict([network for _, network, _ in members], loader, accelerator)
-        for result in results:
-            right = [[label] for label in labels]
-            if real and result == "real":
-                right = [real[i] for i in index]
-            for (name, _, ids), answers in zip(members, best, strict=True):
-                scores[name, result] = score(answers, [[ids[i] for i in row] for row in right])
-        if per_class or confusion:
-            for (name, network, ids), answers in zip(members, best, strict=True):
-                right = [ids[label] for label in labels]
-                counts[name, results[0]] = confusions(network, right, [row[0] for row in answers])
+        index, labels, best = predict([network for network, _, _ in members], loader, accelerator)
+        for (network, ids, own), answers in zip(members, best, strict=True):
+            for row in own:
+                is_real = real and row["data"] == "real"
+                right = [real[i] for i in index] if is_real else [[label] for label in labels]
+                row.update(score(answers, [[ids[i] for i in one] for one in right]))
+            key = own[0]["checkpoint"], own[0]["data"]
+            right = [ids[label] for label in labels]
+            counts[key] = confusions(network, right, [answer[0] for answer in answers])
     if confusion and accelerator.is_main_process:
         write_confusions(confusion, counts)
     if per_class:
         return [row for key, table_of_one in counts.items() for row in class_rows(*key, table_of_one)]
-    return [
-        {"checkpoint": name, "data": result, "split": section.test_split, **scores[name, result]}
-        for name, result, section in order
-    ]
+    return rows
 
 
 def confusions(network, labels, answers):
@@ -334,7 +328,7 @@ def classify(paths, files, changes, device):
             prepared = preprocessing(str(folder), config, None, changes)
             transform = augment.test_transform(SimpleNamespace(**prepared))
             for file in files:
-                with sources.named(SimpleNamespace(name=str(file))):
+                with sources.named(file):
                     pixels = torch.as_tensor(transform(augment.decode(file.read_bytes())))
                 shares, ids = network(to_float(pixels[None], device)).softmax(1)[0].topk(min(5, len(names)))
                 best = zip(ids.tolist(), shares.tolist(), strict=True)
@@ -372,14 +366,11 @@ def open_networks(path, model, choose):
             yield str(folder), network, sets
         return
 
-    exists = Path(path).exists()
-    is_tag = not exists and timm.is_model(path)
-    if not is_tag and not model:
-        hint = (
-            "name the network in this file with --model" if exists else "not a folder, a file or a timm tag"
-        )
-        raise models.ModelError(f"{path}: {hint}")
+    is_tag = not Path(path).exists() and timm.is_model(path)
     model = path if is_tag else model
+    if not model:
+        expected = "a folder, a timm tag, or a file whose network is named with --model"
+        raise models.ModelError(f"{path}: expected {expected}")
     models.check_name(model)
     config = models.pretrained_config(model) if is_tag else timm.get_pretrained_cfg(model).to_dict()
     sets = choose(path, config, None)
@@ -436,19 +427,10 @@ def test_sets(name, config, trained_on, *, source, on, v2, changes):
 
 def preprocessing(name, config, trained_on, changes):
     """{"size", "crop_pct", "interpolation"}: those of the training, else of timm's configuration, changed."""
-    values = dict(size=config["input_size"][-1], crop_pct=config["crop_pct"])
-    values["interpolation"] = config["interpolation"]
-    if trained_on:
-        values = {key: getattr(trained_on, key) for key in values}
-    values |= {key: value for key, value in changes.items() if value is not None}
-
+    known = vars(trained_on) if trained_on else config | {"size": config["input_size"][-1]}
+    values = {key: known[key] if change is None else change for key, change in changes.items()}
     size, crop_pct, interpolation = values.values()
-    valid = (
-        isinstance(size, int)
-        and 0 < size <= 4096
-        and isinstance(crop_pct, (int, float))
-        and 0 < crop_pct <= 1
-    )
+    valid = size in range(1, 4097) and isinstance(crop_pct, (int, float)) and 0 < crop_pct <= 1
     if not valid or interpolation not in INTERPOLATIONS:
         expected = f"expected 1 to 4096 pixels, a crop_pct in (0, 1], {' or '.join(INTERPOLATIONS)}"
         raise models.ModelError(f"{name}: images cannot be prepared with {values}: {expected}")
@@ -468,28 +450,17 @@ def match_classes(name, network, section, is_imagenet):
     The section gets the number of classes of its source, which may be a part of the network's. Raises
     ModelError for a network that does not know the classes of the data.
     """
-    known, wanted = class_names.of_network(network), None
+    known, wanted, total = class_names.of_network(network), None, network.model.num_classes
     if known and is_imagenet:
         wanted = ImageNetInfo().label_names()
     elif known:
-        section = dataclasses.replace(section, classes=_count_classes(section))
-        wanted = sources.open_split(section, section.test_split).names
-    total = network.model.num_classes
+        uncounted = dataclasses.replace(section, classes=None)
+        wanted = sources.open_split(uncounted, section.test_split).names
+        section = dataclasses.replace(section, classes=len(wanted)) if wanted else section
     if not wanted and total != section.classes:
         raise models.ModelError(f"{name} has {total} classes, {section.source} has {section.classes}")
-    try:
+    with sources.named(f"{name} on {section.source}"):
         return section, class_names.match(known, wanted) if wanted else list(range(total))
-    except models.ModelError as error:
-        raise models.ModelError(f"{name} on {section.source}: {error}") from error
-
-
-def _count_classes(section):
-    if section.classes == 1000:  # sources.class_ids knows the places of a part of ImageNet's classes
-        return 1000
-    try:
-        return sources.evaluation_fields(section.source)["classes"] or section.classes
-    except sources.DataError:  # a source whose splits only the recipe names
-        return section.classes
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ here: it takes minutes for 60,000 files.
 """
 
 import functools
+import itertools
 import os
-import sys
 
 import datasets
 import pyarrow as pa
@@ -23,8 +23,8 @@ SPLITS |= {"validation": "validation", "dev": "validation", "test": "test", "tes
 TABLES = ("metadata.csv", "metadata.jsonl", ".parquet", ".arrow", ".tar")  # ends of names: no class folders
 
 
-class FolderError(ValueError):
-    """Folders that cannot be class folders as they are; the message says what to do."""
+class DataError(ValueError):
+    """The data cannot be used as the recipe says; the message says what was found and what to do."""
 
 
 def is_image(file):
@@ -33,10 +33,10 @@ def is_image(file):
 
 @functools.lru_cache(maxsize=4)  # the splits and the recipes of a run open the same folders
 def open_splits(root):
-    """{split: (Dataset with columns image and label, its files, its classes)}, or None without class folders.
+    """({split: Dataset with columns image and label}, {split: its files}, {split: its classes}).
 
     Classes are numbered in the order of their names, over all splits. Folders are listed once in a process.
-    Raises FolderError.
+    None for other folders than class folders; DataError for class folders that cannot be used as they are.
     """
     root = os.fspath(root)
     folders, files = _entries(root)
@@ -47,7 +47,7 @@ def open_splits(root):
     for name in folders:
         split = SPLITS.get(name.lower())
         if split in places:
-            raise FolderError(f"{places[split]}/ and {root}/{name}/ are both the split {split}: join them")
+            raise DataError(f"{places[split]}/ and {root}/{name}/ are both the split {split}: join them")
         if split:
             places[split] = os.path.join(root, name)
     if "train" not in places and len(places) < len(folders):
@@ -56,13 +56,15 @@ def open_splits(root):
     for split, place in places.items():
         try:
             listed[split] = _classes(place)
-        except FolderError:
+        except DataError:
             if split != "test" or "validation" not in places:  # many data sets keep the labels of test/ back
                 raise
     if not listed or not all(listed.values()):
         return None
     names = sorted({name for classes in listed.values() for name in classes})
-    return {split: (*_table(classes, names), list(classes)) for split, classes in listed.items()}
+    files = {split: list(itertools.chain(*classes.values())) for split, classes in listed.items()}
+    rows = {split: _table(classes, files[split], names) for split, classes in listed.items()}
+    return rows, files, {split: list(classes) for split, classes in listed.items()}
 
 
 def _entries(folder, follow=True):
@@ -81,9 +83,8 @@ def _classes(split):
     if any(file.endswith(TABLES) for file in files):
         return {}
     _refuse_loose(split, files)
-    seconds = 0.2 if sys.stderr.isatty() else 10  # between two lines: a log file wants few
-    kind = dict(unit="class", delay=2, leave=False, mininterval=seconds)
-    bar = tqdm(folders, f"listing {split}", disable=os.environ.get("RANK", "0") != "0", **kind)
+    disable = os.environ.get("RANK", "0") != "0" or None  # None: in a log file, too
+    bar = tqdm(folders, f"listing {split}", unit="class", delay=2, leave=False, disable=disable)
     classes = {name: _images(os.path.join(split, name)) for name in bar}
     filled = {name: images for name, images in classes.items() if images}
     if list(filled) == ["images"]:  # Tiny-ImageNet's val/images/1.jpg
@@ -91,7 +92,7 @@ def _classes(split):
         _refuse_loose(split, [file for file in own if file.count(os.sep) == 1])
     if 1 < len(filled) < len(folders):
         empty = [name for name in folders if name not in filled]
-        raise FolderError(
+        raise DataError(
             f"{split}/{empty[0]}: no images in this class folder ({len(empty)} of {len(folders)} have none; "
             "HEIC and SVG are not read): put images there or move the folder away"
         )
@@ -99,9 +100,9 @@ def _classes(split):
 
 
 def _refuse_loose(folder, files):
-    """FolderError for images beside class folders, or instead of them."""
+    """DataError for images beside class folders, or instead of them."""
     if loose := next(filter(is_image, files), None):
-        raise FolderError(
+        raise DataError(
             f"{folder}: its images do not lie in class folders, as {loose}: put each into {folder}/CLASS/ or "
             "move them away (an annotations file beside them is not read)"
         )
@@ -116,9 +117,8 @@ def _images(folder):
     return images
 
 
-def _table(classes, names):
-    """(Dataset, files). From Arrow columns: encoding a million paths one by one would take a minute."""
-    files = [file for images in classes.values() for file in images]
+def _table(classes, files, names):
+    """A Dataset from Arrow columns: encoding a million paths one by one would take a minute."""
     ids = {name: i for i, name in enumerate(names)}
     labels = [ids[name] for name, images in classes.items() for _ in images]
     columns = [pa.nulls(len(files), pa.binary()), pa.array(files, pa.string())]
@@ -126,5 +126,4 @@ def _table(classes, names):
     kinds = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)}
     features = datasets.Features(kinds)
     table = pa.table({"image": image, "label": pa.array(labels, pa.int64())}, features.arrow_schema)
-    rows = datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint="class-folders")
-    return rows, files
+    return datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint="class-folders")

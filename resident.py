@@ -64,7 +64,7 @@ def _decoded(split, data):
     def decoded(index, row):
         image = sources.encoded(row, index, data, split)
         try:
-            with sources.named(image):
+            with sources.named(image.name):
                 pixels = np.array(augment.of_size(data.size, augment.decode(image.content)))
         except BrokenImage as error:
             return error

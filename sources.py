@@ -22,23 +22,20 @@ import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
-from timm.data import ImageNetInfo
 
+import class_names
 import folders
+from folders import DataError
 from recipe import nearest, printable
 
 DIGITS_TRAIN = 898  # of scikit-learn's 1,797 digits
 DIGITS_SHARDS = 8  # of the digits when they are streamed
+TEST_SPLITS = ("validation", "test")  # the first that is there
 HELD_OUT, HELD_OUT_SHARE = "held out", 0.1  # a test split that is a share of each class of the training split
 FRACTION_SEED = 0  # fixed: if runs drew their own images, the spread over seeds would contain that choice
 MAX_BYTES = 256 * 2**20  # of one image's file: a larger one is a mistake, or a device that never ends
 READ_ROWS = 32  # at once, of a stream
-NAMES_SHOWN = 10  # of classes in an error message
 REASONS_SHOWN = 20  # of broken images in an error message
-
-
-class DataError(ValueError):
-    """The data cannot be used as the recipe says; the message says what was found and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,27 +71,25 @@ def resolved(data):
     """
     if data.train_split and data.test_split and data.classes:
         return data
-    splits, _, _ = _splits(data.source, data.streaming)
+    source = data.source
+    splits, _, _ = _splits(source, data.streaming)
     train = data.train_split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
-    _check_split(data.source, train, splits)
-    others = [name for name in ("validation", "test") if name in splits and name != train]
+    _check_split(source, train, splits)
+    others = [name for name in TEST_SPLITS if name in splits and name != train]
     test = data.test_split or (others or [HELD_OUT])[0]
-    names = _class_names(splits[train].features, data.label)
-    classes = data.classes or len(names or ())
-    if classes < 2:
-        raise DataError(f"{data.source}: {_too_few(data.source, names)}")
-    return dataclasses.replace(data, train_split=str(train), test_split=str(test), classes=classes)
-
-
-def _too_few(source, names):
-    if not names:
-        return (
-            "no classes found: put each image into the folder of its class, CLASS/1.jpg; for a table with "
-            "classes as numbers, set data.classes to their number"
+    names = _names_in(splits[train].features, data.label) or []
+    if not (data.classes or names):
+        raise DataError(
+            f"{source}: no classes found: put each image into the folder of its class, CLASS/1.jpg; for a "
+            "table with classes as numbers, set data.classes to their number"
         )
-    inner = os.path.join(source, names[0])
-    hint = f"; if its folders are the classes, give --data {inner}" if os.path.isdir(inner) else ""
-    return f"one class found, {names[0]!r}, expected two or more class folders{hint}"
+    if not data.classes and len(names) == 1:
+        inner = os.path.join(source, names[0])
+        hint = f"; if its folders are the classes, give --data {inner}" if os.path.isdir(inner) else ""
+        found = f"one class found, {names[0]!r}, expected two or more class folders"
+        raise DataError(f"{source}: {found}{hint}")
+    classes = data.classes or len(names)
+    return dataclasses.replace(data, train_split=str(train), test_split=str(test), classes=classes)
 
 
 def open_split(data, name):
@@ -103,13 +98,13 @@ def open_split(data, name):
     With the test split HELD_OUT, the training split is what is left of its images.
 
     `data.source`: a data set on the Hugging Face hub, "digits", or a folder of parquet files, of webdataset
-    tar files or of images in class folders. Raises DataError for a split or column that is not there, with
-    the nearest one that is, and for classes that are not the recipe's.
+    tar files or of images in class folders. `data.classes` None: as many as it names. Raises DataError for a
+    split or column that is not there, with the nearest one that is, and for another number of classes.
     """
     source = data.source
-    splits, files, classes = _splits(source, data.streaming)
+    splits, files, class_folders = _splits(source, data.streaming)
     if data.test_split == HELD_OUT and name in (HELD_OUT, data.train_split):
-        splits |= _held_out(splits, data)
+        splits = splits | _held_out(splits, data)
         files = {HELD_OUT: files.get(data.train_split, [])} | files
     _check_split(source, name, splits)
     rows = splits[name]
@@ -119,17 +114,18 @@ def open_split(data, name):
             raise DataError(f"{source}: no column {column!r}{hint} (columns: {known})")
 
     ids = None
-    names = _class_names(rows.features, data.label)
+    names = _names_in(rows.features, data.label)
     if names:
-        ids = class_ids(source, names, data.classes)
-        by_id = [name for _, name in sorted(zip(ids, names, strict=True))]
-        names = by_id if len(names) == data.classes else None
+        classes = data.classes or len(names)
+        with named(source):
+            ids = class_names.class_ids(names, classes)
+        names = [name for _, name in sorted(zip(ids, names, strict=True))] if len(names) == classes else None
 
     # undecoded: `datasets` ends a stream without an error at the first image that it cannot decode
     rows = rows.select_columns([data.image, data.label])
     rows = rows.cast_column(data.image, datasets.Image(decode=False))
     listed = files.get(name, [])
-    return Split(rows, ids, names, listed, files, classes, _openable(listed))
+    return Split(rows, ids, names, listed, files, class_folders, _openable(listed))
 
 
 def _check_split(source, name, splits):
@@ -143,10 +139,10 @@ def _held_out(splits, data):
     rows = splits.get(data.train_split)
     if not isinstance(rows, datasets.Dataset):
         raise DataError(f"{data.source}: test images can be held out of a memory-mapped training split only")
-    labels = rows.with_format("numpy", columns=[data.label])[:][data.label]
+    labels = labels_of(rows, data)
     labels_seen, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
-        names, label = _class_names(rows.features, data.label), int(labels_seen[counts.argmin()])
+        names, label = _names_in(rows.features, data.label), int(labels_seen[counts.argmin()])
         raise DataError(
             f"{data.source}: class {names[label] if names else label!r} has one image: no test image can be "
             "held out of it; add images, or a folder val/ beside train/"
@@ -165,14 +161,14 @@ def _splits(source, streaming):
         return splits, {}, {}
 
     local = os.path.isdir(source)  # False, unlike pathlib's, for a name that is too long
-    if local and (opened := _class_folders(source)):
-        return opened
     if not local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):  # neither /photos nor ./photos
         raise DataError(
             f"{source}: not a folder, not a data set's name on the hub ('owner/name'), not 'digits'"
             f"{'; an archive must be unpacked' * os.path.isfile(source)}"
         )
     try:
+        if local and (opened := folders.open_splits(source)):
+            return opened
         builder = datasets.load_dataset_builder(source)
         data_files = builder.config.data_files or {}
         files = {str(name): [str(file) for file in listed] for name, listed in data_files.items()}
@@ -180,25 +176,14 @@ def _splits(source, streaming):
             return builder.as_streaming_dataset(), files, {}
         builder.download_and_prepare()
         return builder.as_dataset(), files, {}
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
+    except DataError:
+        raise
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         hint = "to work offline, download its parquet files and pass their folder with --data DIR"
         if local:
             hint = "expected class folders, CLASS/1.jpg, or parquet files; archives must be unpacked"
         reason = error.__cause__ or error
         raise DataError(f"{source}: cannot be loaded as images: {reason}; {hint}") from error
-    except ValueError as error:
-        raise DataError(f"{source}: not a data set of images that `datasets` can read: {error}") from error
-
-
-def _class_folders(source):
-    """What `_splits` returns, for class folders of images; None for other folders."""
-    try:
-        opened = folders.open_splits(source)
-    except (folders.FolderError, OSError) as error:
-        raise DataError(str(error)) from error
-    if opened is None:
-        return None
-    return tuple({name: parts[i] for name, parts in opened.items()} for i in range(3))
 
 
 @functools.cache
@@ -219,40 +204,32 @@ def _digits():
     return {"train": rows.select(range(DIGITS_TRAIN)), "test": rows.select(range(DIGITS_TRAIN, len(rows)))}
 
 
-def is_image_folder(split):
+def is_image_folder(files):
     """Whether a split's files are images, sorted by class as in class folders."""
-    return bool(split.files) and folders.is_image(split.files[0])
+    return bool(files) and folders.is_image(files[0])
 
 
 def _openable(files):
     """Images and zip archives among a split's files, by their listed and by their downloaded paths."""
     listed = [file for file in files if folders.is_image(file) or file.endswith(".zip")]
-    return frozenset(listed).union(_downloaded(file) for file in listed if file.startswith("hf://"))
-
-
-def _downloaded(file):
-    """Where `datasets` puts a file of the hub, "hf://datasets/OWNER/NAME@COMMIT/PATH", on this disk."""
-    match = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)", file)
-    if not match:
-        return file
-    repository, commit, path = match.groups()
-    folder = huggingface_hub.file_download.repo_folder_name(repo_id=repository, repo_type="dataset")
-    return str(Path(huggingface_hub.constants.HF_HUB_CACHE, folder, "snapshots", commit, path))
+    on_hub = [re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)", file) for file in listed]
+    parts = [match.groups() for match in on_hub if match]
+    cached = functools.partial(huggingface_hub.try_to_load_from_cache, repo_type="dataset")
+    return frozenset([*listed, *(cached(name, path, revision=commit) for name, commit, path in parts)])
 
 
 @functools.cache
 def evaluation_fields(source):
     """The fields of a recipe's `data` that name a source's test images, for checkpoints without a recipe.
 
-    Takes the split test or validation, or the only one there is; the first column of images; the first
+    Takes the split validation or test, or the only one there is; the first column of images; the first
     column of class labels, or else a webdataset's "cls". Raises DataError where one of them is not there.
     """
     splits, files, _ = _splits(str(source), streaming=True)
-    candidates = [name for name in ("test", "validation") if name in splits]
-    if not candidates and len(splits) > 1:
-        known = ", ".join(splits)
-        raise DataError(f"{source}: no split called test or validation (splits: {known})")
-    split = str((candidates or list(splits))[0])
+    known = [name for name in TEST_SPLITS if name in splits]
+    split = str((known or list(splits))[0])
+    if not known and len(splits) > 1:
+        raise DataError(f"{source}: no split called validation or test (splits: {', '.join(splits)})")
 
     features = splits[split].features or {}
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
@@ -261,14 +238,13 @@ def evaluation_fields(source):
     if not images or not labels:
         known = ", ".join(features)
         raise DataError(f"{source}: needs a column of images and one of class labels (columns: {known})")
-    listed = files.get(split, [])
     return {
         "test_split": split,
         "image": images[0],
         "label": labels[0],
         "classes": getattr(features[labels[0]], "num_classes", None),
         # an image folder is one shard, which one worker would decode alone; its index is quickly made
-        "streaming": not (listed and folders.is_image(listed[0])),
+        "streaming": not is_image_folder(files.get(split)),
     }
 
 
@@ -328,12 +304,12 @@ def _read(path, name):
 
 
 @contextlib.contextmanager
-def named(image):
-    """Errors about one image say which."""
+def named(what):
+    """Errors about an image or a source begin with its name."""
     try:
         yield
     except DataError as error:
-        raise type(error)(f"{image.name}: {error}") from error.__cause__
+        raise type(error)(f"{what}: {error}") from error.__cause__
 
 
 def nothing_decoded(source, n, broken):
@@ -377,93 +353,36 @@ def rows_of(columns):
 # ---------------------------------------------------------------- classes
 
 
-def class_ids(source, names, classes):
-    """The class id of each of a source's label names.
-
-    WNIDs ("n01440764") get their place in timm's list of ImageNet's 1,000, so that a folder with a part of
-    the classes fits. Numbers ("0" to "999", ImageNet-V2) mean themselves: sorted as text, "10" would come
-    before "2". Other names are numbered in their order. Raises DataError for another number of classes than
-    `classes`, and for the 1,000 of ImageNet in another order.
-    """
-    imagenet = ImageNetInfo() if classes == 1000 else None
-    are_numbers = all(name.isascii() and name.isdigit() and int(name) < classes for name in names)
-    distinct = are_numbers and len({int(name) for name in names}) == len(names)
-    if distinct and (imagenet or len(names) == classes):
-        return [int(name) for name in names]
-    if imagenet and all(re.fullmatch(r"n\d{8}", name) for name in names):
-        places = {wnid: i for i, wnid in enumerate(imagenet.label_names())}
-        unknown = [name for name in names if name not in places]
-        if unknown:
-            more = f" (and {len(unknown) - 1} more)"
-            raise DataError(f"{source}: class {unknown[0]!r} is not one of ImageNet's 1,000{more}")
-        return [places[name] for name in names]
-    if len(names) != classes:
-        raise DataError(f"{source}: {len(names)} classes found, the recipe's data.classes is {classes}")
-    if imagenet:
-        _check_imagenet_order(source, names, [imagenet.index_to_description(i) for i in range(1000)])
-    return list(range(classes))
-
-
-def _check_imagenet_order(source, names, descriptions):
-    """DataError for ImageNet's classes by name in another order: a teacher's answers would all be wrong."""
-    first_names = [re.split(r",| \(", name)[0] for name in names]
-    expected = [re.split(r",| \(", description)[0] for description in descriptions]
-    if len(set(first_names) & set(expected)) <= 900:
-        return
-    for i, (name, wanted) in enumerate(zip(first_names, expected, strict=True)):
-        if name != wanted:
-            raise DataError(
-                f"{source}: class {i} is {names[i]!r}, ImageNet's is {wanted!r}: not the order of the WNIDs"
-            )
-
-
 def check_classes(data, split):
-    """DataError if the training and the test split do not name the same classes, as their files say.
+    """DataError if the files of the training and the test split do not name the same classes.
 
     `datasets` makes one list of classes from the folders of all splits, and takes the list of the first
-    parquet file for all of them. Compared are the class folders that have images, or the lists in the
-    parquet files. `split`: either of the two.
+    parquet file for all of them. `split`: either of the two.
     """
-    names = {}
-    for name in (data.train_split, data.test_split):
-        files = split.beside.get(name, [])
-        names[name] = split.folders.get(name) or _declared_classes(files, data.label, split)
-    train, test = names[data.train_split], names[data.test_split]
-    if train is None or test is None or train == test:
-        return
-
-    differences = []
-    for name, only in ((data.train_split, set(train) - set(test)), (data.test_split, set(test) - set(train))):
-        if only:
-            differences.append(f"only in {name}: {_abbreviated(sorted(only))}")
-    if not differences:
-        i = next(i for i, (a, b) in enumerate(zip(train, test, strict=False)) if a != b)
-        differences = [f"class {i} is {train[i]!r} in {data.train_split}, {test[i]!r} in {data.test_split}"]
-    splits = f"{data.train_split} and {data.test_split}"
-    raise DataError(f"{data.source}: {splits} have other classes: {'; '.join(differences)}")
+    wanted = (data.train_split, data.test_split)
+    train, test = (
+        split.folders.get(name) or _declared_classes(split.beside.get(name), data.label, split)
+        for name in wanted
+    )
+    if train and test:
+        with named(data.source):
+            class_names.check_same(train, test, *wanted)
 
 
 def _declared_classes(files, label, split):
-    """The classes by a split's files: its class folders, the list in its first parquet file, or None."""
-    if files and folders.is_image(files[0]):
-        named = sorted({file.rsplit("/", 2)[-2] for file in files})
-        known = _class_names(split.rows.features, label) or ()
-        if not set(named) <= set(known):
-            return None  # a table beside the images has the labels
-        return named
+    """The classes by a split's files: their folders, the list in its first parquet file, or None."""
+    if is_image_folder(files):
+        declared = sorted({file.rsplit("/", 2)[-2] for file in files})
+        known = _names_in(split.rows.features, label) or ()
+        return declared if set(declared) <= set(known) else None  # else a table beside the images has them
     if files and files[0].endswith(".parquet") and Path(files[0]).is_file():
         with readable(files[0]):
-            return _class_names(datasets.Features.from_arrow_schema(pq.read_schema(files[0])), label)
+            return _names_in(datasets.Features.from_arrow_schema(pq.read_schema(files[0])), label)
     return None
 
 
-def _class_names(features, label):
+def _names_in(features, label):
     return getattr((features or {}).get(label), "names", None)
-
-
-def _abbreviated(names):
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(map(repr, names[:NAMES_SHOWN])) + more
 
 
 # ---------------------------------------------------------------- numbers of images
@@ -474,33 +393,34 @@ def shard_lengths(split):
     shards = split.rows.num_shards
     if not split.files:  # digits
         return [sum(1 for _ in split.rows.shard(shards, i)) for i in range(shards)]
-    if len(split.files) != shards:
-        return None
-    if all(file.endswith(".parquet") for file in split.files):
-        count = _rows_of_parquet
-    elif all(file.endswith(".tar") and Path(file).is_file() for file in split.files):
-        count = _rows_of_tar
-    else:
+    countable = all(
+        file.endswith(".parquet") or (file.endswith(".tar") and Path(file).is_file()) for file in split.files
+    )
+    if len(split.files) != shards or not countable:
         return None
     with ThreadPoolExecutor(16) as pool:  # on the hub each footer is a request
-        return list(pool.map(count, split.files))
+        return list(pool.map(_rows_in, split.files))
 
 
-def _rows_of_parquet(file):
-    with readable(file), fsspec.open(file, "rb") as opened:
-        return pq.read_metadata(opened).num_rows
-
-
-def _rows_of_tar(file):
-    """Samples of a webdataset shard, whose members agree in their names up to the first dot."""
-    with readable(file), tarfile.open(file) as tar:
-        return len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
+def _rows_in(file):
+    """Rows of a parquet file, or samples of a webdataset shard: names that agree up to the first dot."""
+    with readable(file):
+        if file.endswith(".tar"):
+            with tarfile.open(file) as tar:
+                return len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
+        with fsspec.open(file, "rb") as opened:
+            return pq.read_metadata(opened).num_rows
 
 
 def take_fraction(split, data):
     """The split with data.fraction of the rows of each class."""
-    labels = split.rows.with_format("numpy", columns=[data.label])[:][data.label]
-    return dataclasses.replace(split, rows=split.rows.select(share_of_each_class(labels, data.fraction)))
+    taken = share_of_each_class(labels_of(split.rows, data), data.fraction)
+    return dataclasses.replace(split, rows=split.rows.select(taken))
+
+
+def labels_of(rows, data):
+    """The labels of memory-mapped rows as the source has them, an array [n]."""
+    return rows.with_format("numpy", columns=[data.label])[:][data.label]
 
 
 def share_of_each_class(labels, fraction):

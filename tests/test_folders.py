@@ -124,7 +124,7 @@ def test_hidden_files_and_other_files_are_no_images(tmp_path):
     (source / "train" / "cat" / ".DS_Store").write_text("x")
     (source / "train" / "cat" / "notes.txt").write_text("x")
     (source / "train" / ".cache").mkdir()
-    rows, files, classes = folders.open_splits(source)["train"]
+    rows, files, classes = (part["train"] for part in folders.open_splits(source))
     assert len(rows) == len(files) == 12 and classes == ["cat", "dog"]
 
 

@@ -12,7 +12,8 @@ TABLE = """
 losses: torch
 recipe: pydantic
 folders: PIL datasets pyarrow tqdm
-sources: recipe folders PIL datasets fsspec huggingface_hub numpy pyarrow sklearn timm
+class_names: folders timm
+sources: recipe folders class_names PIL datasets fsspec huggingface_hub numpy pyarrow sklearn
 rand_augment: PIL cv2 numpy timm torch
 augment: sources rand_augment PIL cv2 numpy simplejpeg timm torch torchvision
 resident: sources augment numpy torch
@@ -20,22 +21,21 @@ workers: sources torch
 data: sources augment resident workers datasets numpy torch
 cifar_resnet: timm torch
 models: cifar_resnet timm torch
-class_names: models timm
 optim: timm torch
 launch: recipe accelerate torch
 rundir: recipe pydantic typing_extensions
-evaluate: recipe folders sources augment data models class_names rundir accelerate datasets numpy
+evaluate: recipe folders class_names sources augment data models rundir accelerate datasets numpy
     pandas timm torch
 distill: losses recipe models optim launch timm torch
-checkpoint: recipe models class_names launch rundir accelerate deepspeed pydantic safetensors timm
+checkpoint: recipe class_names models launch rundir accelerate deepspeed pydantic safetensors timm
     torch typing_extensions
 log: sources launch rundir evaluate distill numpy pandas timm torch
 finish: recipe cifar_resnet models launch rundir evaluate log accelerate datasets numpy timm torch
-train: recipe sources augment workers data models class_names optim launch rundir evaluate distill
+train: recipe class_names sources augment workers data models optim launch rundir evaluate distill
     checkpoint log finish accelerate torch tqdm
 coco: recipe sources augment workers PIL numpy pycocotools pydantic torch tqdm typing_extensions
 detectors: recipe models rundir huggingface_hub pydantic safetensors timm torch torchvision
-detect: recipe augment class_names optim launch rundir evaluate distill checkpoint log finish train coco
+detect: recipe class_names augment optim launch rundir evaluate distill checkpoint log finish train coco
     detectors accelerate numpy pydantic timm torch torchvision tqdm
 """
 LINES = (line.split(": ") for line in TABLE.replace("\n    ", " ").strip().splitlines())

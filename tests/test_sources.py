@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 import tarfile
 
 import datasets
@@ -14,6 +13,7 @@ from conftest import make_recipe
 from PIL import Image
 from timm.data import ImageNetInfo
 
+import class_names
 import sources
 
 WNIDS = ImageNetInfo().label_names()
@@ -162,7 +162,7 @@ def test_what_a_source_offers_for_evaluation(tmp_path):
         write_parquet(tmp_path / "q", WHOLE, shards=1), {0: WHOLE[0]}, "validation", names=None, shards=1
     )
     with pytest.raises(
-        sources.DataError, match=r"no split called test or validation \(splits: train, extra\)"
+        sources.DataError, match=r"no split called validation or test \(splits: train, extra\)"
     ):
         for file in (tmp_path / "q").glob("validation*"):
             file.rename(str(file).replace("validation-", "extra-"))
@@ -195,28 +195,27 @@ def test_a_label_without_a_name_is_refused():
 
 
 def test_class_ids():
-    assert sources.class_ids("s", WNIDS, 1000) == list(range(1000))
-    by_text = [str(i) for i in sorted(range(1000), key=str)]
-    assert sources.class_ids("s", by_text, 1000) == sorted(range(1000), key=str)
-    assert sources.class_ids("s", ["ant", "bee"], 2) == [0, 1]
-    assert sources.class_ids("s", ["10", "9"], 2) == [
-        0,
-        1,
-    ]  # names that happen to be numbers, but not 0 to K - 1
-    imagenet = ImageNetInfo()
-    described = [imagenet.index_to_description(i) for i in range(1000)]
-    assert sources.class_ids("s", described, 1000) == list(range(1000))
+    class_ids, in_order = class_names.class_ids, list(range(1000))
+    assert class_ids(WNIDS, 1000) == in_order
+    assert class_ids([WNIDS[7], WNIDS[3]], 1000) == [7, 3]
+    by_text = sorted(in_order, key=str)
+    assert class_ids([str(i) for i in by_text], 1000) == by_text
+    assert class_ids(["ant", "bee"], 2) == [0, 1]
+    assert class_ids(["10", "9"], 2) == [0, 1]  # names that happen to be numbers, but not 0 to K - 1
+    assert class_ids(["9" * 5000, "9"], 2) == [0, 1]
+    described = ImageNetInfo().label_descriptions()
+    assert class_ids(described, 1000) == in_order
+    assert class_ids(["Tinca tinca", *described[1:]], 1000) == in_order  # a list with other words
+    assert class_ids([f"thing {i}" for i in in_order], 1000) == in_order
     swapped = [described[1], described[0], *described[2:]]
     with pytest.raises(
-        sources.DataError, match=r"class 0 is 'goldfish.*', ImageNet's is 'tench': not the order of the WNIDs"
+        sources.DataError, match="class 0 is 'goldfish', ImageNet's is 'tench': not the order"
     ):
-        sources.class_ids("s", swapped, 1000)
-    with pytest.raises(sources.DataError, match="class 'n00000000' is not one of ImageNet's 1,000"):
-        sources.class_ids("s", [WNIDS[0], "n00000000"], 1000)
-    with pytest.raises(
-        sources.DataError, match=re.escape("s: 2 classes found, the recipe's data.classes is 3")
-    ):
-        sources.class_ids("s", ["0", "1"], 3)
+        class_ids(swapped, 1000)
+    with pytest.raises(sources.DataError, match="not among ImageNet's 1,000 classes: 'n00000000'"):
+        class_ids([WNIDS[0], "n00000000"], 1000)
+    with pytest.raises(sources.DataError, match=r"2 classes found, the recipe's data\.classes is 3"):
+        class_ids(["0", "1"], 3)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +231,7 @@ def test_numeric_class_folders_mean_the_same_in_both_splits(tmp_path, names, exp
     settings = section(tmp_path, **COLUMNS | {"data__classes": len(names)})
     for name in ("train", "validation"):
         split = sources.open_split(settings, name)
-        assert split.names == expected and sources.is_image_folder(split)
+        assert split.names == expected and sources.is_image_folder(split.files)
         for row in split.rows:
             assert expected[split.ids[row["label"]]] == row["image"]["path"].split("/")[-2]
 
