@@ -5,10 +5,8 @@ logits = network(images)    # [B, 3, 32, 32] in [0, 1] -> [B, 100]
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -23,6 +21,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, load_state_dict, sa
 from torch import nn
 
 import cifar_resnet  # noqa: F401  registers its networks with timm
+from recipe import nearest
 
 MAX_CONFIG_BYTES = 2**24  # of a config.json: names and descriptions of ImageNet-21k's classes need 3 MB
 
@@ -82,30 +81,22 @@ class Network(nn.Module):
         if taps is None:
             return self.model(images)
 
-        with self._before_activation(taps if preactivation else ()) as before:
-            deepest, maps = self.model.forward_intermediates(images, indices=list(taps))
+        before, hooks = [], []
+        for tap in taps if preactivation else ():
+            block = self.model.get_submodule(self.model.feature_info[tap]["module"])[-1]
+            last = block.act3 if hasattr(block, "act3") else block.act2
+            # copies, as timm's ReLUs write in place
+            hooks.append(last.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0].clone())))
+        deepest, maps = self.model.forward_intermediates(images, indices=list(taps))
+        for hook in hooks:
+            hook.remove()
+
         pooled = self.model.forward_head(deepest, pre_logits=True)
         if before:
             maps = before
         elif self._is_isotropic():
             maps = _pyramid(maps)
         return self.model.forward_head(deepest), [*maps, pooled]
-
-    @contextlib.contextmanager
-    def _before_activation(self, taps):
-        """A list for the inputs of the stages' last activations; copies, as timm's ReLUs write in place."""
-        before, hooks = [], []
-        for tap in taps:
-            block = self.model.get_submodule(self.model.feature_info[tap]["module"])[-1]
-            activation = block.act3 if hasattr(block, "act3") else block.act2
-            hooks.append(
-                activation.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0].clone()))
-            )
-        try:
-            yield before
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _is_isotropic(self):
         return len({level["reduction"] for level in self.model.feature_info}) == 1
@@ -196,8 +187,8 @@ def check_name(model):
     """Raise ModelError, naming the nearest known model, unless timm or this file has a model of this name."""
     # Names come from recipes and folders of strangers: no "hf-hub:" or "local-dir:" here.
     if not isinstance(model, str) or ":" in model or not timm.is_model(model):
-        near = difflib.get_close_matches(str(model).split(".")[0], timm.list_models(), n=1)
-        raise ModelError(f"timm has no model {model!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        hint = nearest(str(model).split(".")[0], timm.list_models())
+        raise ModelError(f"timm has no model {model!r}{hint}")
 
 
 # Arguments of timm's factory, not of the constructor: they name files and URLs or change what is returned.
@@ -255,9 +246,8 @@ def pretrained_config(model):
     except RuntimeError:  # an unknown tag
         config = None
     if config is None:
-        raise ModelError(
-            f"timm has no pretrained weights called {model!r} (it has: {', '.join(known) or 'none'})"
-        )
+        has = ", ".join(known) or "none"
+        raise ModelError(f"timm has no pretrained weights called {model!r} (it has: {has})")
     return config.to_dict()
 
 
@@ -297,20 +287,18 @@ def load_weights(network, path, *, any_head=False):
         translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
         if translate and state.keys() != expected.keys():
             state = translate(state, network)
+        if any_head:
+            state |= _unfitting_head(network, state, expected)
     # a torn zip, a bad header, a pickle with more than tensors, keys timm trips over
     except Exception as error:
         raise ModelError(f"checkpoint {file}: cannot be loaded: {_reason(file, error)}") from error
-    if any_head:
-        state |= _unfitting_head(network, state, expected)
-    problems = _misfits(state, expected)
-    if problems:
-        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
-        fits = len(expected) - sum(not problem.startswith("unexpected") for problem in problems)
-        name = type(network).__name__
-        raise ModelError(
-            f"checkpoint {file} does not fit {name}: {fits} of {len(expected)} tensors match; {shown}"
-        )
-    network.load_state_dict(state)
+    if wrong := [key for key, value in state.items() if not isinstance(key, str) or not _is_dense(value)]:
+        raise ModelError(f"checkpoint {file}: {wrong[0]} is not a dense tensor of real numbers")
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # lines with missing and unexpected keys and with other shapes
+        told = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for ")
+        raise ModelError(f"checkpoint {file} does not fit {told[:500]}") from error
 
 
 def _unfitting_head(network, state, expected):
@@ -324,33 +312,13 @@ def _unfitting_head(network, state, expected):
 
 def _reason(file, error):
     """Why a file was not loaded, without torch's advice to load it with weights_only=False."""
-    if isinstance(error, (EOFError, AttributeError)):
-        return "it is not a file of weights"
-    if "weights_only" not in str(error):
-        return repr(error)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     except Exception:  # not a file of torch's
         names = []
-    if not names:
-        return "it is not a file of weights"
-    return f"it holds more than weights, which may run a program: {', '.join(names)}"
-
-
-def _misfits(state, expected):
-    """What keeps a state_dict from being the expected one, a line for each key."""
-    missing = [f"missing {key}" for key in expected if key not in state]
-    unexpected = [f"unexpected {key}" for key in state if key not in expected]
-    shapes = {
-        key: tuple(tensor.shape) if _is_dense(tensor) else "not a dense tensor of real numbers"
-        for key, tensor in state.items()
-    }
-    other = [
-        f"{key} is {shapes[key]}, expected {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state and shapes[key] != tuple(tensor.shape)
-    ]
-    return missing + unexpected + other
+    if names:
+        return f"it holds more than weights, which may run a program: {', '.join(names)}"
+    return f"it is not a file of weights ({type(error).__name__})"
 
 
 def _is_dense(tensor):
@@ -401,34 +369,23 @@ def load_exported(folder):
     Opens its config.json and model.safetensors and nothing else, so that the folder may come from strangers.
     Raises ModelError for other folders.
     """
-    config, arguments = _read_config(_inside(folder, "config.json"))
-    try:
-        model = timm.create_model(config["architecture"], pretrained_cfg=config, **arguments)
-        load_weights(model, folder)
-        return Network(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]), model.pretrained_cfg
-    except ModelError as error:
-        raise ModelError(f"{folder}: {error}") from error
-    except Exception as error:  # an edited config.json can fail anywhere in timm
-        raise ModelError(f"{folder}: cannot be loaded by timm: {error!r}") from error
-
-
-def _read_config(file):
-    """(timm configuration, model_args) in a config.json, without what could open other files."""
+    file = _inside(folder, "config.json")
     if file.stat().st_size > MAX_CONFIG_BYTES:
         raise ModelError(f"{file}: larger than {MAX_CONFIG_BYTES:,} bytes")
     try:
         written = json.loads(file.read_text(encoding="utf-8"))
-        config = (
-            written["pretrained_cfg"] | written
-        )  # timm, too, takes names and number of classes from outside
-        arguments = written.get("model_args", {})
-        check_name(config["architecture"])
+        name, arguments = written["architecture"], written.get("model_args", {})
+        check_name(name)
         check_model_args(arguments)
+        # timm, too, takes names and number of classes from outside
+        config = {k: v for k, v in (written["pretrained_cfg"] | written).items() if k in CONFIG_FIELDS}
+        model = timm.create_model(name, pretrained_cfg=config, **arguments)
+        load_weights(model, folder)
+        return Network(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]), model.pretrained_cfg
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # an edited config.json can fail anywhere in timm
         raise ModelError(f"{file}: not what timm's save_for_hf writes: {error!r}") from error
-    return {key: value for key, value in config.items() if key in CONFIG_FIELDS}, arguments
 
 
 def _inside(folder, name):

@@ -698,7 +698,7 @@ def test_bad_input_ends_with_exit_code_2_before_the_folder_is_made(data, tmp_pat
         (changed("weights=timm", "model=resnet18.a1_in1k", "model_args={}"), "offline, give its weights"),
         (changed("weights=timm"), "random: timm has several weights: give model a tag"),
         (changed("weights=runs/no"), "weights runs/no: not found; train this backbone first"),
-        (changed(f"weights={pickle}"), "does not fit ResNet: 0 of"),
+        (changed(f"weights={pickle}"), "does not fit ResNet: Missing key"),
         (changed("model=cifar_resnet20", "model_args={}"), "CifarResNet has maps of strides 1, 2, 4,"),
         (changed("model=vit_tiny_patch16_224", "model_args={}"), "has maps of strides 16, 16, 16, 16"),
         (changed('optimizer_args={"layer_decay": 0.9}'), "layer_decay: for ConvNeXt, not for ResNet"),
