@@ -147,11 +147,10 @@ class TrainLoader:
         self.broken.update(broken)
         allowed = max(1, int(data.max_broken * self.size)) if data.max_broken else 0
         if broken and len(self.broken) > allowed:
-            reasons = sources.first_lines(list(self.broken.values()))
             raise DataError(
                 f"{data.source}, {data.train_split}: {len(self.broken)} of {self.size} images are broken "
                 f"so far, the recipe's data.max_broken {data.max_broken} allows {allowed}: repair or remove "
-                f"them, or allow more with --set data.max_broken=SHARE\n{reasons}"
+                f"them, or allow more with --set data.max_broken=SHARE\n{sources.reasons(self.broken)}"
             )
 
 

@@ -14,7 +14,7 @@ The metric is a `Metric` of the Hugging Face package `evaluate`, offline.
 """
 
 import argparse
-import dataclasses
+import collections
 import functools
 import importlib.metadata
 import json
@@ -44,26 +44,24 @@ import recipe
 import rundir
 import sources
 
+# Missing, the package would be noticed at the first evaluation, maybe in hours.
+SITE_PACKAGES = str(importlib.metadata.distribution("evaluate").locate_file(""))
+
 
 def import_hf_evaluate():
     """The package `evaluate`, although this file of the same name comes first on sys.path.
 
-    The package imports itself by its absolute name, so no alias works. It needs the name only while it is
-    imported. Until then this folder is not on sys.path, and this module not in sys.modules.
+    The package imports itself by its absolute name, so no alias works; it needs it only while it is imported.
     """
-    here, path = Path(__file__).resolve().parent, sys.path[:]
     this_module = sys.modules.pop("evaluate", None)
-    sys.path[:] = [p for p in path if Path(p or ".").resolve() != here]
+    sys.path.insert(0, SITE_PACKAGES)
     try:
         return importlib.import_module("evaluate")
     finally:
-        sys.path[:] = path
+        sys.path.remove(SITE_PACKAGES)
         sys.modules.pop("evaluate", None)
         if this_module is not None:
             sys.modules["evaluate"] = this_module
-
-
-importlib.metadata.version("evaluate")  # missing, it would be noticed at the first evaluation, maybe in hours
 
 
 @functools.cache
@@ -158,15 +156,9 @@ def to_float(images, device):
 
 def table(rows):
     """Dictionaries with equal keys -> an aligned text table; floats with two decimals."""
-    cells = [
-        [f"{v:.2f}" if isinstance(v, float) else recipe.printable(v) for v in row.values()] for row in rows
-    ]
-    lines = [list(rows[0]), *cells]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    numeric = [all(isinstance(row[key], (int, float)) for row in rows) for key in rows[0]]
-    align = [str.rjust if n else str.ljust for n in numeric]
-    padded = [[a(c, w) for a, c, w in zip(align, line, widths, strict=True)] for line in lines]
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    frame = pd.DataFrame(rows, dtype=object)
+    cells = frame.map(lambda value: f"{value:.2f}" if isinstance(value, float) else recipe.printable(value))
+    return cells.to_string(index=False)
 
 
 # ---------------------------------------------------------------- command line
@@ -176,20 +168,9 @@ V2 = "https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/imagenetv
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
 
 
-@dataclasses.dataclass(frozen=True)
-class TestData:
-    """What data.test_loader reads of a recipe's `data`; equal for networks that can share a pass."""
-
-    source: str
-    train_split: str | None  # of which the test images are held out, where the source has no test split
-    test_split: str
-    image: str
-    label: str
-    classes: int
-    streaming: bool
-    size: int
-    crop_pct: float
-    interpolation: str
+# What data.test_loader reads of a recipe's `data`; equal for networks that can share a pass.
+READ = "source train_split test_split image label classes streaming size crop_pct interpolation"
+TestData = collections.namedtuple("TestData", READ)
 
 
 def main(arguments=None):
@@ -415,7 +396,7 @@ def test_sets(name, config, trained_on, *, source, on, v2, changes):
         return sets
 
     if trained_on:
-        fields = {field.name: getattr(trained_on, field.name) for field in dataclasses.fields(TestData)}
+        fields = {name: getattr(trained_on, name) for name in TestData._fields}
         section = TestData(**fields | prepared | {"source": source or trained_on.source})
     elif source:
         section = test_data(source, prepared)
@@ -454,9 +435,8 @@ def match_classes(name, network, section, is_imagenet):
     if known and is_imagenet:
         wanted = ImageNetInfo().label_names()
     elif known:
-        uncounted = dataclasses.replace(section, classes=None)
-        wanted = sources.open_split(uncounted, section.test_split).names
-        section = dataclasses.replace(section, classes=len(wanted)) if wanted else section
+        wanted = sources.open_split(section._replace(classes=None), section.test_split).names
+        section = section._replace(classes=len(wanted)) if wanted else section
     if not wanted and total != section.classes:
         raise models.ModelError(f"{name} has {total} classes, {section.source} has {section.classes}")
     with sources.named(f"{name} on {section.source}"):

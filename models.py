@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import inspect
 import json
-import math
 import os
 import shutil
 import sys
@@ -59,11 +58,9 @@ class Network(nn.Module):
         self.parameter_count = sum(p.numel() for p in model.parameters())  # before distill.freeze folds some
         self.statistics = {"mean": tuple(mean), "std": tuple(std)}
         for name, values in self.statistics.items():
-            numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-            if not numbers or (name == "std" and min(values) < 1e-6):
-                raise ModelError(f"{name} {list(values)}: expected finite numbers, for std positive ones")
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1), False)
+        if not (self.mean.isfinite().all() and self.std.isfinite().all() and self.std.min() >= 1e-6):
+            raise ModelError(f"mean {mean}, std {std}: expected finite numbers, for std positive ones")
         self.memory_format = memory_format_for(model)
         self.to(memory_format=self.memory_format)
 

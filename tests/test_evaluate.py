@@ -74,7 +74,7 @@ def test_two_classes_have_a_top5_of_100():
 
 def test_table_aligns():
     text = evaluate.table([{"name": "a", "top1": 1.0, "n": 10}, {"name": "bcd", "top1": 100.0, "n": 9}])
-    assert text.splitlines() == ["name    top1   n", "a       1.00  10", "bcd   100.00   9"]
+    assert text.splitlines() == ["name   top1  n", "   a   1.00 10", " bcd 100.00  9"]
     assert evaluate.table([{"class": "a\x1b"}]).splitlines()[1] == r"a\x1b"
 
 

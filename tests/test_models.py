@@ -560,7 +560,7 @@ def test_model_args_of_a_config_open_nothing(arguments, exported, tmp_path):
         (lambda c: c.update(pretrained_cfg=[]), "not what timm's save_for_hf writes: TypeError"),
         (lambda c: c.update(model_args=[1]), "not what timm's save_for_hf writes: AttributeError"),
         (lambda c: c["model_args"].update(depth="8"), "not what timm's save_for_hf writes: TypeError"),
-        (lambda c: c["pretrained_cfg"].update(mean="dark"), "config.json: mean .* expected finite numbers"),
+        (lambda c: c["pretrained_cfg"].update(mean="dark"), "not what timm's save_for_hf writes: "),
         (lambda c: c["pretrained_cfg"].update(std=[0, 0, 0]), "std .* for std positive ones"),
         # timm alone would give the student a random classifier
         (
