@@ -68,18 +68,17 @@ class CifarResNet(nn.Module):
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"cifar_resnet: depth must be 6 n + 2 with n >= 1, got {depth}")
-        self.num_classes, self.num_features, self.drop_rate = num_classes, widths[3], drop_rate
-        levels = zip(widths, (1, 1, 2, 4), ("bn1", "layer1", "layer2", "layer3"), strict=True)
-        self.feature_info = [
-            dict(num_chs=chans, reduction=reduction, module=module) for chans, reduction, module in levels
-        ]
+        self.num_features, self.drop_rate = widths[3], drop_rate
+        modules, reductions = ("bn1", "layer1", "layer2", "layer3"), (1, 1, 2, 4)
+        levels = zip(widths, reductions, modules, strict=True)
+        self.feature_info = [dict(num_chs=c, reduction=r, module=m) for c, r, m in levels]
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         for stage, stride in ((1, 1), (2, 2), (3, 2)):
             blocks = [BasicBlock(widths[stage - 1], widths[stage], stride)]
             blocks += [BasicBlock(widths[stage], widths[stage], 1) for _ in range((depth - 2) // 6 - 1)]
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(widths[3], num_classes) if num_classes else nn.Identity()
+        self.reset_classifier(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -17,6 +17,7 @@ import argparse
 import collections
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -199,17 +200,16 @@ def main(arguments=None):
     accelerator = Accelerator()
     changes = {"size": args.size, "crop_pct": args.crop_pct, "interpolation": args.interpolation}
     choose = functools.partial(test_sets, source=args.data, on=args.on, v2=args.v2, changes=changes)
-    loading = dict(batch_size=args.batch_size, workers=args.workers)
     try:
         if args.images:
             rows = classify(args.checkpoints, image_files(args.images), changes, accelerator.device)
         else:
-            networks = [
-                entry for path in args.checkpoints for entry in open_networks(path, args.model, choose)
-            ]
-            details = dict(per_class=args.per_class, confusion=args.confusion)
-            rows = evaluate(networks, accelerator, is_imagenet=bool(args.on), **loading, **details)
-    except (recipe.RecipeError, sources.DataError, models.ModelError) as error:
+            opened = (open_networks(path, args.model, choose) for path in args.checkpoints)
+            networks = list(itertools.chain.from_iterable(opened))
+            names = ("batch_size", "workers", "per_class", "confusion")
+            options = {name: getattr(args, name) for name in names}
+            rows = evaluate(networks, accelerator, is_imagenet=bool(args.on), **options)
+    except (recipe.RecipeError, sources.DataError, models.ModelError, OSError) as error:
         accelerator.print(f"error: {recipe.printable(error)}", file=sys.stderr)
         sys.exit(2)
     accelerator.print(json.dumps(rows, indent=2) if args.json else table(rows))
@@ -245,7 +245,8 @@ def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers, per_cla
             right = [ids[label] for label in labels]
             counts[key] = confusions(network, right, [answer[0] for answer in answers])
     if confusion and accelerator.is_main_process:
-        write_confusions(confusion, counts)
+        text = pd.concat(counts, names=["checkpoint", "data", "class"]).to_csv()
+        rundir.write_atomic(confusion, text)
     if per_class:
         return [row for key, table_of_one in counts.items() for row in class_rows(*key, table_of_one)]
     return rows
@@ -271,25 +272,14 @@ def class_rows(name, result, counts):
     return rows
 
 
-def write_confusions(path, counts):
-    """Write {(checkpoint, data): frame of `confusions`} as one CSV file."""
-    text = pd.concat(counts, names=["checkpoint", "data", "class"]).to_csv()
-    try:
-        rundir.write_atomic(path, text)
-    except OSError as error:
-        raise sources.DataError(f"--confusion {path}: cannot be written: {error.strerror}") from error
-
-
 def image_files(paths):
     """The files among paths, and the images in the folders among them; DataError where there is nothing."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if folders.is_image(file.name))
-        else:
-            files.append(path)
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise sources.DataError(f"--images {missing[0]}: no such file")
+        if not (path.is_file() or path.is_dir()):
+            raise sources.DataError(f"--images {path}: no such file")
+        images = (file for file in path.rglob("*") if folders.is_image(file.name))
+        files += sorted(images) if path.is_dir() else [path]
     if not files:
         raise sources.DataError(f"--images {' '.join(paths)}: no images there")
     return files
@@ -371,8 +361,7 @@ def exported_students(folder):
         return [folder]
     students = sorted(config.parent for config in folder.glob("**/students/*/config.json"))
     if not students:
-        where = "no config.json, no students/*/config.json"
-        raise models.ModelError(f"{folder}: no finished student in this folder ({where})")
+        raise models.ModelError(f"{folder}: no finished student in this folder (no students/*/config.json)")
     return students
 
 

@@ -238,14 +238,10 @@ def pretrained_config(model):
     """timm's configuration of weights by name ("resnet50.a1_in1k"); ModelError naming those there are."""
     check_name(model)
     known = timm.list_pretrained(model.split(".")[0] + ".*")
-    try:
-        config = timm.get_pretrained_cfg(model) if known else None
-    except RuntimeError:  # an unknown tag
-        config = None
-    if config is None:
+    if not known or ("." in model and model not in known):
         has = ", ".join(known) or "none"
         raise ModelError(f"timm has no pretrained weights called {model!r} (it has: {has})")
-    return config.to_dict()
+    return timm.get_pretrained_cfg(model).to_dict()
 
 
 def check_pretrained(model, *, classes, size):

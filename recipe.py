@@ -207,31 +207,24 @@ class Recipe:
             yield f"schedule.milestones: expected ascending epochs, got {_show(list(schedule.milestones))}"
         if (data.mixup or data.cutmix) and (per_process % 2 or not data.drop_last):
             yield "data: mixup and cutmix pair images: batch_size_per_process must be even and drop_last true"
-        yield from _contradictions_of_data(data)
+        if isinstance(data.crop, ResizedCrop):
+            for name, (low, high) in (("scale", data.crop.scale), ("ratio", data.crop.ratio)):
+                if not 0 < low <= high:
+                    yield f"data.crop.{name}: expected 0 < low <= high, got {[low, high]}"
+        got = f"got crop {data.crop.kind!r} and rand_augment {_show(data.rand_augment)}"
+        other_policy = not (data.rand_augment or "rand-").startswith("rand-")
+        if data.pipeline == "fast" and (data.crop.kind != "resized" or other_policy):
+            yield f"data.pipeline: 'fast' needs crop 'resized', RandAugment or none; {got}: set it to 'timm'"
+        if data.resident and (data.crop.kind != "pad" or data.rand_augment):
+            yield f"data.resident: it needs crop 'pad' and rand_augment null; {got}: set resident to false"
+
+        if data.streaming and not (data.train_size and data.drop_last and data.shuffle_buffer):
+            yield "data: a stream needs its train_size, drop_last true, and a shuffle_buffer of at least 1"
+        if data.shuffle_buffer and not data.streaming:
+            yield f"data.shuffle_buffer: expected 0 without streaming, got {data.shuffle_buffer}"
+        if data.streaming and (data.resident or data.fraction < 1):
+            yield "data: resident and fraction need all images: set streaming to false, shuffle_buffer to 0"
         yield from _contradictions_of_networks(self.teacher, self.students)
-
-
-def _contradictions_of_data(data):
-    if isinstance(data.crop, ResizedCrop):
-        for name, (low, high) in (("scale", data.crop.scale), ("ratio", data.crop.ratio)):
-            if not 0 < low <= high:
-                yield f"data.crop.{name}: expected 0 < low <= high, got {[low, high]}"
-    got = f"got crop {data.crop.kind!r} and rand_augment {_show(data.rand_augment)}"
-    other_policy = not (data.rand_augment or "rand-").startswith("rand-")
-    if data.pipeline == "fast" and (data.crop.kind != "resized" or other_policy):
-        yield f"data.pipeline: 'fast' needs crop 'resized', RandAugment or none; {got}: set it to 'timm'"
-    if data.resident and (data.crop.kind != "pad" or data.rand_augment):
-        yield f"data.resident: it needs crop 'pad' and rand_augment null; {got}: set resident to false"
-
-    if data.streaming and not (data.train_size and data.drop_last and data.shuffle_buffer):
-        yield "data: a stream needs its train_size, drop_last true, and a shuffle_buffer of at least 1"
-    if data.shuffle_buffer and not data.streaming:
-        yield f"data.shuffle_buffer: expected 0 without streaming, got {data.shuffle_buffer}"
-    if data.streaming and (data.resident or data.fraction < 1):
-        yield (
-            "data: resident and fraction need the whole set, which a stream never is: set streaming to false "
-            "and shuffle_buffer to 0, or resident to false and fraction to 1"
-        )
 
 
 def _contradictions_of_networks(teacher, students):

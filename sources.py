@@ -29,7 +29,6 @@ from folders import DataError
 from recipe import nearest, printable
 
 DIGITS_TRAIN = 898  # of scikit-learn's 1,797 digits
-DIGITS_SHARDS = 8  # of the digits when they are streamed
 TEST_SPLITS = ("validation", "test")  # the first that is there
 HELD_OUT, HELD_OUT_SHARE = "held out", 0.1  # a test split that is a share of each class of the training split
 FRACTION_SEED = 0  # fixed: if runs drew their own images, the spread over seeds would contain that choice
@@ -157,7 +156,7 @@ def _splits(source, streaming):
     if source == "digits":
         splits = _digits()
         if streaming:
-            splits = {name: rows.to_iterable_dataset(DIGITS_SHARDS) for name, rows in splits.items()}
+            splits = {name: rows.to_iterable_dataset(num_shards=8) for name, rows in splits.items()}
         return splits, {}, {}
 
     local = os.path.isdir(source)  # False, unlike pathlib's, for a name that is too long

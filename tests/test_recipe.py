@@ -154,11 +154,9 @@ ERRORS = [  # (change, what the error says after the file's name)
         "data.resident: it needs crop 'pad' and rand_augment null; got crop 'resized' and rand_augment "
         "None: set resident to false"),
     (dict(data__resident=True, data__streaming=True),
-        "data: resident and fraction need the whole set, which a stream never is: set streaming to false "
-        "and shuffle_buffer to 0, or resident to false and fraction to 1"),
+        "data: resident and fraction need all images: set streaming to false, shuffle_buffer to 0"),
     (dict(data__streaming=True, data__fraction=0.5),
-        "data: resident and fraction need the whole set, which a stream never is: set streaming to false "
-        "and shuffle_buffer to 0, or resident to false and fraction to 1"),
+        "data: resident and fraction need all images: set streaming to false, shuffle_buffer to 0"),
     (dict(teacher={"recipe": "x.json", "size": 3}, students=[STUDENT]),
         "teacher: with recipe, model_args, size, mean and std come from that recipe"),
     (dict(students=[dict(STUDENT, soft=None)] * 2),

@@ -200,7 +200,7 @@ def section_of(args):
         config = timm.get_pretrained_cfg(args.model_a.partition("=")[0]).to_dict()
     prepared = {key: config[key] for key in ("crop_pct", "interpolation")}
     prepared["size"] = config["input_size"][-1]
-    return dataclasses.replace(evaluate.test_data(args.data, prepared), streaming=False)
+    return evaluate.test_data(args.data, prepared)._replace(streaming=False)
 
 
 def image_loader(section, images, batch, workers):
