@@ -71,7 +71,7 @@ class Checkpoints:
     def save(self, step, students, log, loader):
         """A checkpoint after `step` steps; every process calls this, the main one writes.
 
-        One that cannot be written is a warning; the third in a row raises Unsaved.
+        One that cannot be written is a warning; the third in a row raises TrainingError.
         """
         sums = [self.lead.reduce(s.sums.clone(), "mean").tolist() if log.steps else 0.0 for s in students]
         optimizers = [optimizer_state(student) for student in students]
@@ -119,9 +119,8 @@ class Checkpoints:
         self.failed += 1
         message = f"{self.run_folder}: no checkpoint at step {step}: {error}"
         if self.failed == MAX_FAILED_SAVES:
-            raise launch.Unsaved(
-                f"{message}; {MAX_FAILED_SAVES} in a row. Older ones are valid: make room and --resume"
-            ) from error
+            message += f"; {MAX_FAILED_SAVES} in a row. Older ones are valid: make room and --resume"
+            raise launch.TrainingError(message, launch.EXIT_UNSAVED) from error
         self.lead.print(f"warning: {message}; the run goes on, older checkpoints are valid")
 
     def manifest(self, folder, step, log):

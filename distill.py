@@ -5,16 +5,16 @@ taught = teacher(images)  # (logits, features), once a batch, whatever the numbe
 terms = student.forward(images, taught, target, index, soft_weight)  # {"loss", "hard", "soft"}
 """
 
-import collections
 import contextlib
 import copy
 import dataclasses
-import functools
+import itertools
 import math
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import launch
 import losses
@@ -58,11 +58,8 @@ class Distilled(nn.Module):
         index: [B] image ids; soft_weight: a scalar tensor, because torch.compile would build a new graph for
         every value of a number. No scalar is detached: a compiled forward may return one tensor for two.
         """
-        features = None
-        if self.taps:
-            logits, features = self.net(images, self.taps, self.preactivation)
-        else:
-            logits = self.net(images)
+        output = self.net(images, self.taps, self.preactivation)
+        logits, features = output if self.taps else (output, None)
         # losses in float32, whatever the networks compute in
         with torch.autocast(images.device.type, enabled=False):
             hard = self.hard(logits, target)
@@ -89,11 +86,11 @@ class Distilled(nn.Module):
             return tuple(torch.autograd.grad(term, logits)[0].norm() for term in (hard, soft))
 
 
-def build_student(settings, student, teacher_shapes=None, labels=None):
+def build_student(settings, student, teacher_shapes=None, labels=None, smallest_batch=2):
     """(Distilled, optimizer) with the initial weights of `settings.seed`; RecipeError names the student.
 
     A loss on features is built for the student's and the teacher's shapes (see `losses.py`), with the class
-    ids `labels` of all training images.
+    ids `labels` of all training images. smallest_batch: images in the smallest batch of the run.
     """
     torch.manual_seed(settings.seed)  # every student starts from the same seed, alone or in company
     try:
@@ -110,11 +107,14 @@ def build_student(settings, student, teacher_shapes=None, labels=None):
         if student.grad_checkpointing:
             checkpoint_activations(network.model, student.model)
         hard = losses.make_loss(student.hard.loss, losses.LABEL_LOSSES, smoothing=student.hard.smoothing)
-        soft, taps = losses.make_loss(student.soft.loss, **student.soft.args) if student.soft else None, None
+        soft = losses.make_loss(student.soft.loss, **student.soft.args) if student.soft else None
+        taps, shapes = None, None
         if compares_features(student):
             taps = student.taps or network.default_taps()
-            shapes = network.shapes(settings.data.size, taps, student.preactivation)
-            soft = soft(shapes, teacher_shapes, labels)
+            shapes = network.shapes(settings.data.size, taps, student.preactivation), teacher_shapes
+        try_losses(hard, soft, settings.data.classes, shapes, min(smallest_batch, 2))
+        if shapes:
+            soft = soft(*shapes, labels)
         module = Distilled(network, hard, soft, student.hard.weight, taps, student.preactivation)
         return module, optim.make_optimizer(module, student)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
@@ -122,30 +122,23 @@ def build_student(settings, student, teacher_shapes=None, labels=None):
 
 
 @torch.no_grad()
-def try_losses(module, student, data, teacher_shapes, batch):
-    """Call a student's losses once on zeros, so that arguments that cannot work show before any training.
+def try_losses(hard, soft, classes, shapes, batch):
+    """Call losses once on zeros, so that arguments that cannot work show before any training.
 
-    batch: images in the smallest batch of the run. RecipeError names the student.
+    soft: what losses.make_loss gives, or None; shapes: (student's, teacher's) of the features, None for a
+    loss on logits. Raises ValueError or RuntimeError.
     """
-    batch = min(batch, 2)
-    logits, target = torch.zeros(batch, data.classes), torch.zeros(batch, dtype=torch.long)
-    try:
-        values = [module.hard(logits, target)]
-        if module.taps:
-            shapes = module.net.shapes(data.size, module.taps, module.preactivation)
-            with torch.random.fork_rng(devices=[]):  # a small one: CRD's banks have a row for every image
-                loss = losses.make_loss(student.soft.loss, **student.soft.args)
-                loss = loss(shapes, teacher_shapes, torch.tensor([0, 1]))
-                features = [
-                    [torch.zeros(batch, *shape) for shape in side] for side in (shapes, teacher_shapes)
-                ]
-                values.append(loss(*features, target, torch.arange(batch)))
-        elif module.soft:
-            values.append(module.soft(logits, logits, target))
-        if not torch.stack(values).isfinite().all():
-            raise ValueError(f"on equal logits, the losses are {[value.item() for value in values]}")
-    except (ValueError, RuntimeError) as error:
-        raise recipe.RecipeError(f"student {student.name!r}: {error}") from error
+    logits, target = torch.zeros(batch, classes), torch.zeros(batch, dtype=torch.long)
+    values = [hard(logits, target)]
+    if shapes:
+        with torch.random.fork_rng(devices=[]):  # a small one: CRD's banks have a row for every image
+            module = soft(*shapes, torch.tensor([0, 1]))
+            features = [[torch.zeros(batch, *shape) for shape in side] for side in shapes]
+            values.append(module(*features, target, torch.arange(batch)))
+    elif soft:
+        values.append(soft(logits, logits, target))
+    if not torch.stack(values).isfinite().all():
+        raise ValueError(f"on equal logits, the losses are {[value.item() for value in values]}")
 
 
 def checkpoint_activations(model, name):
@@ -174,7 +167,7 @@ class Student:
     # Vectors of the terms and a 1 stay on the device until a log row: reading would stop it.
     parts: list = dataclasses.field(default_factory=list)  # of the batches of this step
     last_part: torch.Tensor | None = None
-    latest: tuple | None = None  # arguments of `gradient_norms` for the newest batch
+    latest: tuple = (None,)  # arguments of `gradient_norms` for the newest batch
     sums: torch.Tensor | float = 0.0  # since the last log row, without the steps that were skipped
     skipped: int = 0  # steps with a gradient that was not finite, up to the last log row
     skipped_in_a_row: int = 0  # how many of them were the last ones before that row
@@ -229,7 +222,7 @@ class Student:
         return {name: total / batches for name, total in named} if taken else {}, steps - taken
 
     def check_finite(self, skipped, steps, step, stop):
-        """Count the steps that were `skipped` among the last `steps`; NotFinite where there are too many.
+        """Count the steps that were `skipped` among the last `steps`; TrainingError for too many.
 
         Returns a warning, or None. float16's overflows are expected: there only the gradient scale counts.
         """
@@ -246,7 +239,10 @@ class Student:
 
         many = self.skipped_in_a_row >= MAX_SKIPPED_STEPS or self.skipped > max(MAX_SKIPPED_STEPS, stop / 100)
         if many or (skipped and launch.uses_deepspeed(self.accelerator)):
-            raise NotFinite(self, step)
+            raise launch.TrainingError(
+                f"student {self.name!r}: the gradient is not finite at step {step}; {self.skipped} steps "
+                "were skipped"
+            )
         if skipped:
             return (
                 f"student {self.name!r}: gradient not finite in {skipped} of the last {steps} steps, where "
@@ -259,7 +255,7 @@ class Student:
 
         {} for a student without a distillation loss on logits. The mean over processes, each with its batch.
         """
-        if self.latest is None or self.latest[0] is None:
+        if self.latest[0] is None:
             return {}
         norms = self.distilled.gradient_norms(*self.latest)
         norms = [self.accelerator.reduce(norm, "mean").item() for norm in norms]
@@ -267,25 +263,6 @@ class Student:
         if norms[1]:
             row["gradient_ratio"] = norms[0] / norms[1]
         return {name: value for name, value in row.items() if math.isfinite(value)}
-
-
-class NotFinite(launch.TrainingError):
-    """Too many gradients of a student were not finite. `facts` is what a dump should tell."""
-
-    def __init__(self, student, step):
-        values = zip(student.terms, student.last_part.tolist(), strict=False)
-        terms = {term: str(value) for term, value in values}
-        super().__init__(
-            f"student {student.name!r}: the gradient is not finite at step {step}, loss {terms['loss']}; "
-            f"{student.skipped} steps were skipped"
-        )
-        self.facts = {
-            "step": step,
-            "student": student.name,
-            "skipped": student.skipped,
-            "lr": student.optimizer.param_groups[0]["lr"],
-            "terms of the last batch": terms,  # as text: NaN is not JSON
-        }
 
 
 def prepare_student(student, module, optimizer, loader, **tracking):
@@ -297,21 +274,14 @@ def prepare_student(student, module, optimizer, loader, **tracking):
     if compares_features(student):
         share_memory(module, accelerator)
     if launch.uses_deepspeed(accelerator):
-        launch.configure_deepspeed(
-            accelerator,
-            per_process=loader.per_process,
-            accumulate=loader.accumulate,
-            batch_size=loader.batch_size,
-            clip_grad=student.clip_grad,
-        )
+        launch.configure_deepspeed(accelerator, loader, student.clip_grad)
         # it flattens weights, and its broadcast fails on other layouts
         module.to(memory_format=torch.contiguous_format)
     module, optimizer = accelerator.prepare(module, optimizer)
     if accelerator.scaler is not None:
         optim.start_momentum(optimizer.optimizer)
-    module.train()
-    terms = TERMS[:2] if student.soft is None else TERMS
-    prepared = Student(student, accelerator, module, optimizer, None, terms)
+    terms = TERMS if student.soft else TERMS[:2]
+    prepared = Student(student, accelerator, module.train(), optimizer, None, terms)
     if student.ema is not None:
         prepared.ema = ModelEmaV3(prepared.net, decay=student.ema)
     return prepared
@@ -360,10 +330,8 @@ class Teacher:
         """Images [B, 3, H, W] in [0, 1] -> (logits [B, K], features as `losses.py` wants them, or None)."""
         autocast = torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
         with torch.inference_mode(), autocast:
-            if self.taps:
-                logits, features = self.network(images, self.taps, self.preactivation)
-            else:
-                logits, features = self.network(images), None
+            output = self.network(images, self.taps, self.preactivation)
+        logits, features = output if self.taps else (output, None)
         # copies, because autograd refuses to keep tensors that were made in inference mode
         return logits.clone(), features and [feature.clone() for feature in features]
 
@@ -400,68 +368,23 @@ def at_chance(scores, classes):
 
 @torch.no_grad()
 def freeze(network, size):
-    """A copy of a trained Network for forwards alone: eval mode, no gradients, constants computed once.
+    """A trained Network for forwards alone: eval mode, no gradients, BatchNorm folded into convolutions.
 
-    BatchNorm after a convolution is folded into it: equal up to rounding, and the maps are read and written
-    once less. Attention that gathers a bias by relative position (BEiT, Swin) keeps what it gathered. `size`:
-    pixels of the images.
+    Folding gives equal logits up to rounding, and maps are read and written once less. A convolution next to
+    a BatchNorm in a module is folded; where the logits then differ, because the network has something
+    between the two, the result is the network itself, else a copy. size: pixels of the images.
     """
     network.eval().requires_grad_(False)
     frozen = copy.deepcopy(network)
-    for convolution, parent, name in _convolution_norm_pairs(frozen, size):
-        norm = getattr(parent, name)
-        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        fused = nn.utils.fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
-        convolution.weight, convolution.bias = (
-            nn.Parameter(p.detach().clone(), requires_grad=False) for p in fused
-        )
-        # timm's BatchNormAct2d holds its activation
-        setattr(parent, name, nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity())
-    for module in frozen.modules():
-        if callable(gather := getattr(module, "_get_rel_pos_bias", None)):
-            module._get_rel_pos_bias = functools.partial(_constant, gather())
+    for module in list(frozen.modules()):
+        for (name, convolution), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
+            if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+                continue
+            if norm.track_running_stats and norm.num_features == convolution.out_channels:
+                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+                # timm's BatchNormAct2d holds its activation
+                rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()
+                setattr(module, norm_name, rest)
     frozen.to(memory_format=frozen.memory_format)
     images = torch.rand(2, 3, size, size, device=network.mean.device)
-    # a network that does more with a convolution's output than its modules show must not be folded
     return frozen if torch.allclose(frozen(images), network(images), rtol=1e-3, atol=1e-3) else network
-
-
-def _constant(tensor):
-    return tensor
-
-
-def _convolution_norm_pairs(network, size):
-    """[(convolution, parent and name of the BatchNorm that alone reads its output)], found by one forward.
-
-    Names do not tell: timm's families name the two differently, and neighbours in a module need not follow
-    each other in the forward.
-    """
-    convolution_of, readers, outputs, hooks, calls = {}, {}, [], [], collections.Counter()
-
-    def write(module, _, output):
-        outputs.append(output)  # kept, so that no other tensor gets its id
-        convolution_of[id(output)], readers[id(output)] = module, []
-
-    def read(module, inputs):
-        calls[module] += 1
-        for tensor in inputs:
-            readers.setdefault(id(tensor), []).append(module)
-
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(write))
-        if isinstance(module, nn.BatchNorm2d) or not any(module.children()):
-            hooks.append(module.register_forward_pre_hook(read))
-    network(torch.zeros(1, 3, size, size, device=network.mean.device))
-    for hook in hooks:
-        hook.remove()
-
-    place = {child: (parent, name) for parent in network.modules() for name, child in parent.named_children()}
-    pairs = []
-    for key, convolution in convolution_of.items():
-        norm = readers[key][0] if len(readers[key]) == 1 else None
-        if not isinstance(norm, nn.BatchNorm2d) or not norm.track_running_stats:
-            continue
-        if calls[norm] == calls[convolution] == 1:
-            pairs.append((convolution, *place[norm]))
-    return pairs

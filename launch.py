@@ -22,21 +22,16 @@ ELEMENTWISE = {"sgd", "momentum", "adam", "adamw", "nadam", "nadamw", "lion", "r
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and why."""
 
-    exit_code = 1
-
-
-class Unsaved(TrainingError):
-    """Checkpoints cannot be written any more; the older ones are valid."""
-
-    exit_code = EXIT_UNSAVED
+    def __init__(self, message, exit_code=1):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Stopped(TrainingError):
     """A signal stopped the run, after a checkpoint."""
 
     def __init__(self, message, signal_number):
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
+        super().__init__(message, 128 + signal_number)
 
 
 class Signals:
@@ -48,9 +43,7 @@ class Signals:
         self.group = torch.distributed.new_group(backend="gloo") if processes > 1 else None
 
     def __enter__(self):
-        self.before = {
-            number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.before = {n: signal.signal(n, self.remember) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
@@ -97,66 +90,53 @@ def precision(accelerator):
 
 def check_launch(settings, accelerator):
     """Raise RecipeError for a launch that would silently train something other than the recipe."""
-    launched, kind = int(os.environ.get("WORLD_SIZE", 1)), accelerator.distributed_type
-    if accelerator.num_processes != launched:  # on a machine without GPUs every process would train alone
-        raise recipe.RecipeError(
-            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}; for several "
-            "processes on CPUs set ACCELERATE_USE_CPU=true: see docs/launch.md"
-        )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise recipe.RecipeError(
-            "--mixed_precision fp16 on a CPU: accelerate would train in float32; use bf16 or no"
-        )
-    if accelerator.mixed_precision == "fp8" or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise recipe.RecipeError(
-            f"{kind.value}, --mixed_precision {accelerator.mixed_precision}: not supported; a student fits "
-            "on one GPU: use multi-GPU or DeepSpeed stages 0 to 2, with bf16, fp16 or no"
-        )
+    launched, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
+    kind, mixed = accelerator.distributed_type, accelerator.mixed_precision
+    half_on_cpu = mixed == "fp16" and accelerator.device.type == "cpu"
+    unsupported = mixed == "fp8" or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM)
+    problems = {
+        # on a machine without GPUs every process would train alone
+        f"{launched} processes were launched, accelerate sees {seen}; for several processes on CPUs set "
+        "ACCELERATE_USE_CPU=true: see docs/launch.md": launched != seen,
+        "--mixed_precision fp16 on a CPU: accelerate would train in float32; use bf16 or no": half_on_cpu,
+        f"{kind.value}, --mixed_precision {mixed}: not supported; a student fits on one GPU: use "
+        "multi-GPU or DeepSpeed stages 0 to 2, with bf16, fp16 or no": unsupported,
+    }
     if uses_deepspeed(accelerator):
-        check_deepspeed(settings, accelerator)
+        problems |= deepspeed_problems(settings, accelerator)
+    for message, found in problems.items():
+        if found:
+            raise recipe.RecipeError(message)
 
 
-def check_deepspeed(settings, accelerator):
-    """Raise RecipeError for a DeepSpeed configuration that would not train what the recipe says."""
+def deepspeed_problems(settings, accelerator):
+    """{message: whether it applies} for what in DeepSpeed's configuration would change the training."""
     plugin = accelerator.state.deepspeed_plugin
     config, stage = plugin.deepspeed_config, plugin.zero_stage
-    if stage > 2:
-        raise recipe.RecipeError(
-            f"DeepSpeed ZeRO stage {stage}: it splits the weights, which evaluation, EMA and export need "
-            "whole, and a student fits on one GPU: use stage 0, 1 or 2"
-        )
     halves = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") not in (None, False)]
-    if halves or accelerator.mixed_precision != "no":
-        raise recipe.RecipeError(
-            f"DeepSpeed with {' and '.join(halves) or accelerator.mixed_precision}: it would cast the "
-            "weights, also those of BatchNorm; use --mixed_precision no and in its JSON file "
-            '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
-        )
-    if precision(accelerator) == "fp16":
-        raise recipe.RecipeError(
-            "DeepSpeed with float16: its loss scale cannot be saved without pickle; use bfloat16, or DDP"
-        )
-    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
-        raise recipe.RecipeError(
-            "DeepSpeed with offload_optimizer: it would replace the optimizer of the recipe"
-        )
-    if not stage:
-        return
-    for student in settings.students:
-        if student.optimizer not in ELEMENTWISE:
-            raise recipe.RecipeError(
-                f"DeepSpeed ZeRO stage {stage} with optimizer {student.optimizer!r} of student "
-                f"{student.name!r}: the stage joins all tensors and splits the result, but "
-                f"{student.optimizer} needs each tensor whole (the trust ratio of LAMB is per tensor): use "
-                f"stage 0 or DDP, or one of {', '.join(sorted(ELEMENTWISE))}"
-            )
+    halves += [accelerator.mixed_precision] * (accelerator.mixed_precision != "no")
+    float16 = precision(accelerator) == "fp16"
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    others = [f"{s.optimizer} ({s.name})" for s in settings.students if s.optimizer not in ELEMENTWISE]
+    return {
+        f"DeepSpeed ZeRO stage {stage}: it splits the weights, which evaluation, EMA and export need whole: "
+        "use stage 0, 1 or 2": stage > 2,
+        f"DeepSpeed with {' and '.join(halves)}: it would cast the weights, also those of BatchNorm; use "
+        "--mixed_precision no and in its JSON file "
+        '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}': halves,
+        "DeepSpeed with float16: its loss scale cannot be saved without pickle; use bfloat16 or DDP": float16,
+        "DeepSpeed with offload_optimizer: it would replace the optimizer of the recipe": offload != "none",
+        f"DeepSpeed ZeRO stage {stage} with optimizer {', '.join(others)}: the stage joins "
+        "all tensors and splits the result, but each is needed whole (LAMB's trust ratio is per tensor): use "
+        f"stage 0 or DDP, or one of {', '.join(sorted(ELEMENTWISE))}": stage and others,
+    }
 
 
-def configure_deepspeed(accelerator, *, per_process, accumulate, batch_size, clip_grad):
+def configure_deepspeed(accelerator, loader, clip_grad):
     """Give DeepSpeed the batch and the clipping of the recipe; it would clip at 1.0 if it were not told."""
     accelerator.state.deepspeed_plugin.deepspeed_config |= {
-        "train_micro_batch_size_per_gpu": per_process,
-        "gradient_accumulation_steps": accumulate,
-        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": loader.per_process,
+        "gradient_accumulation_steps": loader.accumulate,
+        "train_batch_size": loader.batch_size,
         "gradient_clipping": clip_grad or 0.0,
     }

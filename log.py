@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from timm.utils import distribute_bn
 
-import distill
 import launch
 import rundir
 import sources
@@ -129,12 +128,15 @@ class Log:
         return {f"{name}/{student.name}": value for name, value in values.items()}
 
     def check_finite(self, student, skipped, step):
-        """Warn of gradients that were not finite; if there are too many, write a dump and raise."""
+        """Warn of gradients that were not finite; where there are too many, write a dump and raise."""
         try:
             warning = student.check_finite(skipped, self.steps, step, self.stop)
-        except distill.NotFinite as error:
+        except launch.TrainingError as error:
+            terms = zip(student.terms, map(str, student.last_part.tolist()), strict=False)  # JSON has no NaN
+            facts = {"step": step, "student": student.name, "skipped": student.skipped}
+            facts |= {"lr": student.optimizer.param_groups[0]["lr"], "terms of the last batch": dict(terms)}
+            facts |= {"images of the last batch": self.index.tolist()}
             dump = self.folder / f"not-finite-{student.name}-{step}.json"
-            facts = error.facts | {"images of the last batch": self.index.tolist()}
             if self.lead.is_main_process:
                 rundir.write_atomic(dump, json.dumps(facts, indent=2) + "\n")
             raise launch.TrainingError(f"{error}: {dump}") from error

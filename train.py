@@ -265,10 +265,8 @@ def build_students(settings, teacher, loader):
         taps = distill.teacher_taps(settings, teacher)
         shapes = teacher.shapes(settings.data.size, taps, settings.teacher.preactivation)
         labels = loader.labels()
-    built = [distill.build_student(settings, student, shapes, labels) for student in settings.students]
-    for student, (module, _) in zip(settings.students, built, strict=True):
-        distill.try_losses(module, student, settings.data, shapes, loader.smallest_batch)
-    return built
+    needs = shapes, labels, loader.smallest_batch
+    return [distill.build_student(settings, student, *needs) for student in settings.students]
 
 
 def execute(prepared, options, lead):

@@ -60,7 +60,7 @@ def perturb(network):
         for name, tensor in network.state_dict().items():
             if name.endswith(("running_var", "weight")) and tensor.dim() == 1:
                 tensor.uniform_(0.5, 1.5, generator=generator)
-            elif (tensor.is_floating_point() and tensor.dim() == 1) or "bias_table" in name:
+            elif tensor.is_floating_point() and tensor.dim() == 1:
                 tensor.normal_(0, 0.1, generator=generator)
     return network
 
@@ -69,7 +69,7 @@ def perturb(network):
     "name, size, left",
     [
         ("cifar_resnet20", 32, 0),
-        ("resnet26d", 64, 0),
+        ("resnet26d", 64, 1),  # the one after its stem, which lies in another module
         ("resnetv2_50", 64, 17),  # BatchNorm before the convolution
         ("densenet121", 32, 62),
         ("regnety_002", 64, 0),  # BatchNorm with its activation inside
@@ -86,18 +86,6 @@ def test_a_frozen_network_gives_the_same_logits_with_less(name, size, left):
     assert sum(isinstance(m, nn.BatchNorm2d) for m in frozen.modules()) == left
     assert all(torch.equal(v, state[k]) for k, v in network.state_dict().items())  # a copy
     assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
-
-
-def test_a_frozen_beit_gathers_its_position_bias_once():
-    arguments = {"img_size": 32, "depth": 2}
-    network = perturb(models.build("beit_base_patch16_224", classes=10, size=32, model_args=arguments))
-    frozen, images = distill.freeze(network, 32), torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        before = network(images)
-        for module in frozen.modules():
-            if getattr(module, "relative_position_bias_table", None) is not None:
-                module.relative_position_bias_table.fill_(torch.nan)
-        assert torch.equal(frozen(images), before)
 
 
 class Twice(nn.Module):
@@ -441,9 +429,7 @@ def counted(skips, steps, stop, scale=None):
     """
     scaler = scale and types.SimpleNamespace(get_scale=lambda: scale)
     accelerator = types.SimpleNamespace(scaler=scaler, distributed_type=launch.DistributedType.NO)
-    optimizer = types.SimpleNamespace(param_groups=[{"lr": 0.1}])
-    student = distill.Student(types.SimpleNamespace(name="a"), accelerator, None, optimizer, None)
-    student.last_part = torch.tensor([float("nan"), 1.0, 1.0])
+    student = distill.Student(types.SimpleNamespace(name="a"), accelerator, None, None, None)
     return student, [student.check_finite(n, steps, (i + 1) * steps, stop) for i, n in enumerate(skips)]
 
 
@@ -458,12 +444,9 @@ def test_skipped_steps_are_counted():
     assert warnings[2] == expected
     counted([1, 1, 1] * 16, 5, 5000)  # 1 % of 5000 is 50
     for skips in ([5, 5], [1] * 51):  # ten in a row; more than 1 %
-        with pytest.raises(
-            distill.NotFinite, match="student 'a': the gradient is not finite at step"
-        ) as stop:
+        told = f"student 'a': the gradient is not finite at step .*; {sum(skips)} steps were skipped"
+        with pytest.raises(launch.TrainingError, match=told):
             counted(skips, 5, 5000)
-        facts = stop.value.facts
-        assert facts["skipped"] == sum(skips) and facts["terms of the last batch"]["loss"] == "nan"
     student, warnings = counted([5, 5, 5], 5, 5000, scale=2.0**10)  # float16's scaler may need some
     assert warnings == [None] * 3 and student.skipped == 15
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import types
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
         (dict(kind="DEEPSPEED", config=FLOAT16), "loss scale cannot be saved"),
         (dict(kind="DEEPSPEED", config=OFFLOADED), "offload_optimizer: it would replace the optimizer"),
         (dict(kind="DEEPSPEED", stage=1),
-            "stage 1 with optimizer 'lamb' of student 'alone': .* needs each tensor whole"),
+            r"stage 1 with optimizer lamb \(alone\): .* each is needed whole"),
         (dict(processes=1, world=2), "2 processes were launched, accelerate sees 1"),
     ],
 )  # fmt: skip
@@ -90,9 +91,8 @@ def test_the_precision_of_a_launch(launched, expected):
 def test_deepspeed_is_told_the_batch_and_the_clipping_of_the_recipe():
     accelerator = Launch(kind="DEEPSPEED", config={"zero_optimization": {"stage": 1}})
     for clip_grad, expected in ((0.5, 0.5), (None, 0.0)):  # 0 is off; unset, it would clip at 1
-        launch.configure_deepspeed(
-            accelerator, per_process=16, accumulate=2, batch_size=64, clip_grad=clip_grad
-        )
+        loader = types.SimpleNamespace(per_process=16, accumulate=2, batch_size=64)
+        launch.configure_deepspeed(accelerator, loader, clip_grad)
         assert accelerator.state.deepspeed_plugin.deepspeed_config == {
             "zero_optimization": {"stage": 1},
             "train_micro_batch_size_per_gpu": 16,
@@ -141,6 +141,5 @@ def test_signals_wait_for_the_end_of_a_step_and_a_second_ctrl_c_does_not():
 
 def test_exit_codes():
     """What a batch system sees: an error, EX_IOERR where checkpoints are lost, 128 + signal."""
-    codes = [launch.TrainingError("x"), launch.Unsaved("x"), launch.Stopped("x", signal.SIGTERM)]
-    assert [error.exit_code for error in codes] == [1, launch.EXIT_UNSAVED, 143]
-    assert launch.EXIT_UNSAVED == 74
+    errors = [launch.TrainingError("x"), launch.Stopped("x", signal.SIGTERM)]
+    assert [error.exit_code for error in errors] == [1, 143] and launch.EXIT_UNSAVED == 74

@@ -29,7 +29,7 @@ evaluate: recipe folders class_names sources augment data models rundir accelera
 distill: losses recipe models optim launch timm torch
 checkpoint: recipe class_names models launch rundir accelerate deepspeed pydantic safetensors timm
     torch typing_extensions
-log: sources launch rundir evaluate distill numpy pandas timm torch
+log: sources launch rundir evaluate numpy pandas timm torch
 finish: recipe cifar_resnet models launch rundir evaluate log accelerate datasets numpy timm torch
 train: recipe class_names sources augment workers data models optim launch rundir evaluate distill
     checkpoint log finish accelerate torch tqdm
