@@ -192,8 +192,7 @@ def run(path, overrides, out, options):
 
     lock = rundir.lock(out) if lead.is_main_process else None
     if lead.is_main_process:
-        opened = dict(resume=options.resume, overwrite=options.overwrite, limit=options.limit)
-        rundir.open_folder(out, settings, **opened)
+        rundir.open_folder(out, settings, options)
     lead.wait_for_everyone()
     if (result := classification.finished(out, options.limit)) is None:
         students = [

@@ -299,7 +299,10 @@ def hyper_parameters(settings, student):
 
 
 def plan(log, teacher, step):
-    """What a run will do and need, as text: batch, steps, data, networks, losses, memory."""
+    """What a run will do and need, as text: batch, steps, data, networks, losses, memory.
+
+    teacher: its Network, or None.
+    """
     settings, loader, stop = log.settings, log.loader, log.stop
     data, kind = settings.data, "streamed" if settings.data.streaming else "memory-mapped"
     if loader.resident:
@@ -321,10 +324,10 @@ def plan(log, teacher, step):
         lines.append(f"  tested on {share}, which are left out of the training: there is no other split")
     fixed, largest = 0, 0
     if teacher is not None:
-        network = teacher.network
-        fixed += 4 * count_parameters(network)
-        name, size = settings.teacher.model or "its recipe", network.size or data.size
-        lines.append(f"  teacher: {name}, {network.parameter_count:,} parameters, {size} pixels")
+        parameters = count_parameters(teacher)
+        fixed += 4 * parameters
+        name, size = settings.teacher.model or "its recipe", teacher.size or data.size
+        lines.append(f"  teacher: {name}, {parameters:,} parameters, {size} pixels")
     for student in log.students:
         described, weights, activations = plan_student(student, data.size, loader.per_process)
         lines += described

@@ -55,7 +55,6 @@ class Network(nn.Module):
     def __init__(self, model, mean, std, size=None, interpolation="bicubic"):
         super().__init__()
         self.model, self.size, self.interpolation = model, size, interpolation
-        self.parameter_count = sum(p.numel() for p in model.parameters())  # before distill.freeze folds some
         self.statistics = {"mean": tuple(mean), "std": tuple(std)}
         for name, values in self.statistics.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1), False)

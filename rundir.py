@@ -163,23 +163,23 @@ def lock(folder):
     return file
 
 
-def open_folder(folder, settings, *, resume, overwrite, limit=None):
+def open_folder(folder, settings, options):
     """Prepare a run's folder, new, resumed or replaced, and write the recipe as it runs into it.
 
     Raises RecipeError as `check_folder`.
     """
-    check_folder(folder, settings, resume=resume, overwrite=overwrite, limit=limit)
-    if overwrite:
+    check_folder(folder, settings, options)
+    if options.overwrite:
         for path in folder.iterdir():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_atomic(folder / "recipe.json", recipe.dump(settings))
 
 
-def check_folder(folder, settings, *, resume, overwrite, limit=None):
+def check_folder(folder, settings, options):
     """RecipeError for a folder that is used already, is not a run's, or was begun with other settings.
 
-    limit: steps of a trial.
+    options: the command line, with resume, overwrite and limit (steps of a trial).
     """
     names = [student.name for student in settings.students]  # of their folders, which TensorBoard reads
     if taken := {*FOLDERS, *FILES}.intersection(names):
@@ -194,14 +194,14 @@ def check_folder(folder, settings, *, resume, overwrite, limit=None):
         raise recipe.RecipeError(
             f"{folder}: not empty, and not the folder of a run (no recipe.json): choose another --out"
         )
-    if overwrite:
+    if options.overwrite:
         return
-    if not resume:
+    if not options.resume:
         raise recipe.RecipeError(
             f"{folder}: holds a run: continue it with --resume or replace it with --overwrite"
         )
     check_entries(folder, (*FOLDERS, *names))
-    check_limit(folder, limit)
+    check_limit(folder, options.limit)
     if changes := differences(recipe.load(written, kind=type(settings)), settings):
         lines = "\n  ".join(changes)
         raise recipe.RecipeError(

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -107,48 +106,6 @@ def evaluated_epochs(settings):
     return {*range(settings.evaluate_every, settings.epochs, settings.evaluate_every), settings.epochs}
 
 
-# ---------------------------------------------------------------- one seed of a recipe
-
-
-def run_seed(settings, folder, loader, test_loader, teacher, teacher_scores, modules, options):
-    """Train one seed of a recipe in its folder, from where it was left; returns what result.json holds.
-
-    teacher: a frozen Network or None; modules: what distill.build_student gave for each student.
-    """
-    tracking = dict(log_with="tensorboard", project_config=ProjectConfiguration(str(folder), str(folder)))
-    lead = launch.make_accelerator(**tracking)
-    students = [
-        distill.prepare_student(student, module, optimizer, loader, **tracking)
-        for student, (module, optimizer) in zip(settings.students, modules, strict=True)
-    ]
-    if teacher is not None:
-        taps = distill.teacher_taps(settings, teacher)
-        teacher = distill.Teacher(compiled(teacher, lead, len(students)), settings.teacher, lead, taps)
-    total = settings.epochs * loader.steps_per_epoch
-    stop = min(total, options.limit or total)
-    log = Log(folder, settings, lead, students, loader, test_loader, stop, options.limit)
-    checkpoints = checkpoint.Checkpoints(folder, settings, lead)
-    signals = launch.Signals(lead.num_processes)
-    step = checkpoints.restore(students, log, loader)
-    log.open_board(step)
-    lead.print(plan(log, teacher, step))
-    with signals:
-        train(settings, loader, teacher, students, log, checkpoints, signals, step, stop)
-        result = finish(log, stop, teacher_scores)
-    log.close_board()
-    return result
-
-
-def compiled(teacher, lead, students):
-    """The teacher under torch.compile where the launch asks for it; `prepare` has compiled the students."""
-    dynamo = lead.state.dynamo_plugin
-    if dynamo.backend == DynamoBackend.NO:
-        return teacher
-    # the students share Distilled.forward, which needs a graph for each
-    torch._dynamo.config.recompile_limit = 4 * students + 4
-    return torch.compile(teacher, **dynamo.to_kwargs())
-
-
 # ---------------------------------------------------------------- a recipe: everything is built, then it runs
 
 
@@ -158,6 +115,7 @@ class Prepared:
 
     settings: recipe.Recipe
     out: Path
+    options: argparse.Namespace
     loader: data.TrainLoader
     test_loader: object
     students: list  # what distill.build_student gave for the first seed
@@ -167,16 +125,13 @@ class Prepared:
 
 
 def run_recipe(path, overrides, out, options):
-    """Train every run of a recipe into `out`; returns the results, one per seed."""
+    """Train every run of a recipe into `out`, or print its plan."""
     lead = launch.make_accelerator()
     prepared = prepare(path, overrides, out, options, lead)
     if options.dry_run:
-        dry_run(prepared, options, lead)
-        return []
-    results = execute(prepared, options, lead)
-    if lead.is_main_process:
-        print(f"\n{out}\n{summary(results)}")
-    return results
+        dry_run(prepared, lead)
+    else:
+        execute(prepared, lead)
 
 
 def prepare(path, overrides, out, options, lead):
@@ -185,11 +140,9 @@ def prepare(path, overrides, out, options, lead):
     launch.check_launch(settings, lead)
     place = dict(rank=lead.process_index, world=lead.num_processes, workers=options.workers)
     place |= dict(pin=lead.device.type == "cuda", device=lead.device)
-    per_process = settings.batch_size_per_process
-    loader = data.TrainLoader(
-        settings.data, batch_size=settings.batch_size, batch_size_per_process=per_process, **place
-    )
-    test_loader = data.test_loader(settings.data, batch_size=per_process, **place)
+    sizes = dict(batch_size=settings.batch_size, batch_size_per_process=settings.batch_size_per_process)
+    loader = data.TrainLoader(settings.data, **sizes, **place)
+    test_loader = data.test_loader(settings.data, batch_size=settings.batch_size_per_process, **place)
     augment.try_views(settings.data)
     network, teacher, exported = None, None, None
     if settings.teacher and settings.teacher.recipe:
@@ -207,7 +160,7 @@ def prepare(path, overrides, out, options, lead):
         if names:
             class_names.check_same(names, loader.split.names, "the teacher")
     students = build_students(settings, network, loader)
-    return Prepared(settings, out, loader, test_loader, students, network, teacher, exported)
+    return Prepared(settings, out, options, loader, test_loader, students, network, teacher, exported)
 
 
 def prepare_teacher(settings, path, out, options, lead):
@@ -215,7 +168,7 @@ def prepare_teacher(settings, path, out, options, lead):
     path_of_teacher = Path(settings.teacher.recipe)
     if not os.path.isfile(path_of_teacher):  # False, unlike pathlib's, for a name that is too long
         path_of_teacher = Path(path).parent / settings.teacher.recipe
-    options = dataclasses.replace(options, students=None, overwrite=False)
+    options = argparse.Namespace(**vars(options) | dict(students=None, overwrite=False))
     wanted = load(path_of_teacher, [], options)
     if len(wanted.students) != 1 or wanted.runs != 1 or wanted.teacher:
         raise recipe.RecipeError(
@@ -226,36 +179,33 @@ def prepare_teacher(settings, path, out, options, lead):
             f"{path}: teacher.recipe: {path_of_teacher} has {wanted.data.classes} classes, this recipe "
             f"{settings.data.classes}"
         )
-    folder, name = out.parent / path_of_teacher.stem, wanted.students[0].name
+    folder = out.parent / path_of_teacher.stem
     if not finished(folder, None):
-        folder = out.parent / (path_of_teacher.stem + limit_suffix(options))
+        folder = folder.with_name(path_of_teacher.stem + limit_suffix(options))
     refuse_other_teacher(folder, wanted, path_of_teacher)
+    exported = folder / "students" / wanted.students[0].name
     if finished(folder, None):
-        exported = folder / "students" / name
         return models.load_exported(exported)[0], None, exported
-    teacher = prepare(path_of_teacher, [], folder, dataclasses.replace(options, resume=folder.exists()), lead)
-    return teacher.students[0][0].net, teacher, folder / "students" / name
+    options.resume = folder.exists()
+    teacher = prepare(path_of_teacher, [], folder, options, lead)
+    return teacher.students[0][0].net, teacher, exported
 
 
-def dry_run(prepared, options, lead):
-    """Print the plan of a recipe, after that of a teacher which would be trained first. Writes nothing."""
-    if prepared.teacher:
-        dry_run(prepared.teacher, options, lead)
-    settings, loader = prepared.settings, prepared.loader
-    for folder, of_seed in runs_of(settings, prepared.out):
-        rundir.check_folder(folder, of_seed, **how_to_open(options))
-    students = [
-        distill.prepare_student(student, *built, loader)
-        for student, built in zip(settings.students, prepared.students, strict=True)
-    ]
-    teacher = distill.Teacher(prepared.network, settings.teacher, lead) if settings.teacher else None
-    total = settings.epochs * loader.steps_per_epoch
-    stop = min(total, options.limit or total)
-    log = Log(prepared.out, settings, lead, students, loader, prepared.test_loader, stop, options.limit)
-    lead.print(plan(log, teacher, 0))
-    seeds = f"seed{settings.seed} to seed{settings.seed + settings.runs - 1}, each with "
-    files = "recipe.json, metrics.jsonl, checkpoints/, students/, result.json, TensorBoard's files"
-    lead.print(f"  would write {prepared.out}: {seeds * (settings.runs > 1)}{files}")
+def refuse_other_teacher(folder, wanted, path):
+    """RecipeError where the teacher in a folder was trained with other settings, or on other data."""
+    if not (folder / "recipe.json").exists():
+        return
+    trained = recipe.load(folder / "recipe.json")
+    changes = rundir.differences(trained, wanted)
+    if os.path.realpath(trained.data.source) != os.path.realpath(wanted.data.source):
+        changes.append(f"data.source: {json.dumps(trained.data.source)} -> {json.dumps(wanted.data.source)}")
+    if changes:
+        lines = "\n  ".join(changes)
+        raise recipe.RecipeError(
+            f"{folder}: this teacher was trained with other settings than {path} has now:\n  {lines}\n"
+            f"Choose another --out, beside which a teacher is trained anew, or remove {folder}; or name the "
+            "weights of its student as teacher.checkpoint, if it is the teacher that you want"
+        )
 
 
 def build_students(settings, teacher, loader):
@@ -269,63 +219,118 @@ def build_students(settings, teacher, loader):
     return [distill.build_student(settings, student, *needs) for student in settings.students]
 
 
-def execute(prepared, options, lead):
-    """Train the teacher if it must be, then every seed; returns the results, one per seed."""
+def dry_run(prepared, lead):
+    """Print the plan of a recipe, after that of a teacher which would be trained first. Writes nothing."""
+    if prepared.teacher:
+        dry_run(prepared.teacher, lead)
     settings, out = prepared.settings, prepared.out
+    for folder, of_seed in runs_of(settings, out):
+        rundir.check_folder(folder, of_seed, prepared.options)
+    lead.print(plan(make_log(settings, out, prepared, prepared.students), prepared.network, 0))
+    seeds = f"seed{settings.seed} to seed{settings.seed + settings.runs - 1}, each with "
+    files = "recipe.json, metrics.jsonl, checkpoints/, students/, result.json, TensorBoard's files"
+    lead.print(f"  would write {out}: {seeds * (settings.runs > 1)}{files}")
+
+
+def execute(prepared, lead):
+    """Train the teacher if it must be, then every seed, and print the scores."""
+    settings, out, options = prepared.settings, prepared.out, prepared.options
     locks = []
     if lead.is_main_process:
         for folder, of_seed in runs_of(settings, out):
             locks.append(rundir.lock(folder))
-            rundir.open_folder(folder, of_seed, **how_to_open(options))
+            rundir.open_folder(folder, of_seed, options)
     lead.wait_for_everyone()
-    teacher, teacher_scores = make_teacher(prepared, options, lead) if settings.teacher else (None, None)
+    teacher, teacher_scores = make_teacher(prepared, lead) if settings.teacher else (None, None)
     results = []
     for folder, of_seed in runs_of(settings, out):
         result = finished(folder, options.limit)
         if result is None:
-            modules = prepared.students
+            students = prepared.students
             if of_seed.seed != settings.seed:
-                modules = build_students(of_seed, prepared.network, prepared.loader)
+                students = build_students(of_seed, prepared.network, prepared.loader)
             prepared.students = None  # later seeds need their memory on the device
             prepared.loader.broken = {}
-            loaders = prepared.loader, prepared.test_loader
-            result = run_seed(of_seed, folder, *loaders, teacher, teacher_scores, modules, options)
+            result = run_seed(  # no name for the log: the next seed needs its memory
+                make_log(of_seed, folder, prepared, students), prepared.network, teacher, teacher_scores
+            )
         results.append(result)
     lead.wait_for_everyone()
     for held in locks:
         held.close()
-    return results
+    if lead.is_main_process:
+        print(f"\n{out}\n{summary(results)}")
 
 
-def make_teacher(prepared, options, lead):
+def make_teacher(prepared, lead):
     """(frozen network, its scores): trained if it must be, evaluated, refused at chance level."""
-    settings, network = prepared.settings, prepared.network
-    name = settings.teacher.checkpoint or settings.teacher.model or str(prepared.exported)
+    settings, limit = prepared.settings, prepared.options.limit
     if prepared.teacher:
-        teacher_options = dataclasses.replace(
-            options, students=None, overwrite=False, resume=prepared.teacher.out.exists()
-        )
-        results = execute(prepared.teacher, teacher_options, lead)
-        if lead.is_main_process:
-            print(f"\n{prepared.teacher.out}\n{summary(results)}")
-        network = prepared.network = models.load_exported(prepared.exported)[0]
-        prepared.teacher = None
-    network.to(lead.device).eval().requires_grad_(False)
-    (scores,) = accuracy([network], prepared.test_loader, lead, options.limit)
-    lead.print(
-        f"teacher {name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['n']} images"
-    )
+        execute(prepared.teacher, lead)
+        prepared.network, prepared.teacher = models.load_exported(prepared.exported)[0], None
+    network = prepared.network.to(lead.device).eval().requires_grad_(False)
+    (scores,) = accuracy([network], prepared.test_loader, lead, limit)
+    name = settings.teacher.checkpoint or settings.teacher.model or str(prepared.exported)
+    found = f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['n']} images"
+    lead.print(f"teacher {name}: {found}")
     if distill.at_chance(scores, settings.data.classes):
         message = (
-            f"teacher {name} is at chance level: top-1 {scores['top1']:.2f} % of {scores['n']} images "
-            f"with {settings.data.classes} classes. Are the weights, the class order and mean/std those of "
-            "this data?"
+            f"teacher {name} is at chance level: {found} with {settings.data.classes} classes. Are the "
+            "weights, the class order and mean/std those of this data?"
         )
-        if not options.limit:
+        if not limit:
             raise models.ModelError(message)
         lead.print(f"warning: {message} Going on, because --limit asks for a trial only.")
     scores = {"name": name, "parameters": count_parameters(network), **scores}
     return distill.freeze(network, settings.data.size), scores
+
+
+# ---------------------------------------------------------------- one seed of a recipe
+
+
+def make_log(settings, folder, prepared, students):
+    """The Log of one seed, with its students prepared for training; students: as in Prepared."""
+    tracking = dict(log_with="tensorboard", project_config=ProjectConfiguration(str(folder), str(folder)))
+    lead = launch.make_accelerator(**tracking)  # the first: the last one sets the accumulation of all
+    loader, limit = prepared.loader, prepared.options.limit
+    students = [
+        distill.prepare_student(student, *built, loader, **tracking)
+        for student, built in zip(settings.students, students, strict=True)
+    ]
+    total = settings.epochs * loader.steps_per_epoch
+    stop = min(total, limit or total)
+    return Log(folder, settings, lead, students, loader, prepared.test_loader, stop, limit)
+
+
+def run_seed(log, network, teacher, teacher_scores):
+    """Train one seed in its folder, from where it was left; returns what result.json holds.
+
+    network: the teacher, or None; teacher: the same, frozen.
+    """
+    settings, lead, students, loader = log.settings, log.lead, log.students, log.loader
+    if teacher is not None:
+        taps = distill.teacher_taps(settings, teacher)
+        teacher = distill.Teacher(compiled(teacher, lead, len(students)), settings.teacher, lead, taps)
+    checkpoints = checkpoint.Checkpoints(log.folder, settings, lead)
+    signals = launch.Signals(lead.num_processes)
+    step = checkpoints.restore(students, log, loader)
+    log.open_board(step)
+    lead.print(plan(log, network, step))
+    with signals:
+        train(settings, loader, teacher, students, log, checkpoints, signals, step, log.stop)
+        result = finish(log, log.stop, teacher_scores)
+    log.close_board()
+    return result
+
+
+def compiled(teacher, lead, students):
+    """The teacher under torch.compile where the launch asks for it; `prepare` has compiled the students."""
+    dynamo = lead.state.dynamo_plugin
+    if dynamo.backend == DynamoBackend.NO:
+        return teacher
+    # the students share Distilled.forward, which needs a graph for each
+    torch._dynamo.config.recompile_limit = 4 * students + 4
+    return torch.compile(teacher, **dynamo.to_kwargs())
 
 
 # ---------------------------------------------------------------- recipes and folders
@@ -358,42 +363,12 @@ def chosen_students(settings, path, names):
 def runs_of(settings, out):
     """[(folder, the recipe with one seed)]; several seeds get a folder each."""
     seeds = range(settings.seed, settings.seed + settings.runs)
-    several = settings.runs > 1
     of_seeds = [dataclasses.replace(settings, seed=seed, runs=1) for seed in seeds]
-    return [(out / f"seed{one.seed}" if several else out, one) for one in of_seeds]
-
-
-def how_to_open(options):
-    return dict(resume=options.resume, overwrite=options.overwrite, limit=options.limit)
+    return [(out / f"seed{one.seed}" if settings.runs > 1 else out, one) for one in of_seeds]
 
 
 def limit_suffix(options):
     return f"-limit{options.limit}" if options.limit else ""
-
-
-def refuse_other_teacher(folder, wanted, path):
-    """RecipeError where the teacher in a folder was trained with other settings, or on other data."""
-    if not (folder / "recipe.json").exists():
-        return
-    trained = recipe.load(folder / "recipe.json")
-    changes = rundir.differences(trained, wanted)
-    before, now = trained.data.source, wanted.data.source
-    if before != now and os.path.realpath(before) != os.path.realpath(now):
-        changes.append(f"data.source: {json.dumps(before)} -> {json.dumps(now)}")
-    if changes:
-        lines = "\n  ".join(changes)
-        advice = f"Choose another --out, beside which a teacher is trained anew, or remove {folder}"
-        student = trained.students[0]
-        weights = folder / "students" / student.name / "model.safetensors"
-        if weights.is_file() and trained.data.classes == wanted.data.classes:
-            values = {"recipe": None, "model": student.model, "model_args": student.model_args}
-            values = {**values, "checkpoint": str(weights)}.items()
-            option = shlex.join(["--set", *(f"teacher.{key}={json.dumps(value)}" for key, value in values)])
-            advice += f"; or, where it is the teacher that you want: {option}"
-        raise recipe.RecipeError(
-            f"{folder}: this teacher was trained with other settings than {path} has now:\n  {lines}\n"
-            + advice
-        )
 
 
 def finished(folder, limit):
@@ -407,26 +382,12 @@ def finished(folder, limit):
 # ---------------------------------------------------------------- command line
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What belongs to this launch and not to the recipe."""
-
-    data: str | None
-    students: list | None
-    limit: int | None
-    resume: bool
-    overwrite: bool
-    workers: int
-    dry_run: bool
-
-
 def main(arguments=None):
     parser = make_parser(__doc__)
     dry_run = "make every check, print the plan, write nothing"
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
     args = parser.parse_args(arguments)
-    options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
-    launch_command(parser, args, lambda out: run_recipe(args.recipe, args.set, out, options))
+    launch_command(parser, args, lambda out: run_recipe(args.recipe, args.set, out, args))
 
 
 def make_parser(description):
@@ -436,14 +397,8 @@ def make_parser(description):
     )
     add = parser.add_argument
     add("recipe", type=Path, help="JSON file: a run's settings")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATH=VALUE",
-        help="change the recipe, e.g. epochs=60",
-    )
+    change = "change the recipe, e.g. epochs=60"
+    add("--set", nargs="+", action="extend", default=[], metavar="PATH=VALUE", help=change)
     add("--data", help="where the data is: a folder, a name on the hub, or digits (sets data.source)")
     add("--students", nargs="+", metavar="NAME", help="train only these of the recipe's students")
     add("--out", type=Path, help="the run's folder (default: runs/RECIPE); its teacher's lies beside it")
@@ -463,23 +418,21 @@ def launch_command(parser, args, run):
         parser.error("--resume continues a run, --overwrite deletes it: choose one")
     try:
         run(out)
-    except (recipe.RecipeError, sources.DataError, models.ModelError) as error:
-        _exit(error, 2)
-    except launch.TrainingError as error:
-        _exit(error, error.exit_code)
+    except (recipe.RecipeError, sources.DataError, models.ModelError, launch.TrainingError) as error:
+        fail(error)
     except RuntimeError as error:  # PyTorch raises it wherever the loop is when a loader's process dies
         died = workers.dead_worker(error)
         if died is None:
             raise
-        _exit(died, 2)
+        fail(died)
     Accelerator().end_training()
 
 
-def _exit(error, code):
-    lines = map(recipe.printable, str(error).split("\n"))  # file names come from others
-    text = "\n".join(lines)
+def fail(error):
+    """Print an error and exit with its code, 2 for one that has none: bad input."""
+    text = "\n".join(map(recipe.printable, str(error).split("\n")))  # file names come from others
     print(f"\nerror: {text}\n", file=sys.stderr)  # `accelerate launch` prints a traceback of its own below
-    sys.exit(code)
+    sys.exit(getattr(error, "exit_code", 2))
 
 
 def whole_number(least):
