@@ -8,6 +8,7 @@ tensors, whoever wrote it: a run goes on with another number of processes, with 
 import json
 import os
 import shutil
+import tempfile
 
 import safetensors
 import safetensors.torch
@@ -96,7 +97,12 @@ class Checkpoints:
             rundir.sync_directory(self.folder)
             self.failed = 0
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # what a full disk raises
-            self.count_failure(step, error)
+            self.failed += 1
+            message = f"{self.run_folder}: no checkpoint at step {step}: {error}"
+            if self.failed == MAX_FAILED_SAVES:
+                message += f"; {MAX_FAILED_SAVES} in a row. Older ones are valid: make room and --resume"
+                raise launch.TrainingError(message, launch.EXIT_UNSAVED) from error
+            self.lead.print(f"warning: {message}; the run goes on, older checkpoints are valid")
         finally:
             self.remove_old()
 
@@ -114,14 +120,6 @@ class Checkpoints:
         """Remove all but the newest checkpoints, and what a killed save left behind."""
         for path in [*rundir.checkpoints(self.run_folder)[:-KEEP_CHECKPOINTS], *self.folder.glob(".tmp-*")]:
             shutil.rmtree(path, ignore_errors=True)
-
-    def count_failure(self, step, error):
-        self.failed += 1
-        message = f"{self.run_folder}: no checkpoint at step {step}: {error}"
-        if self.failed == MAX_FAILED_SAVES:
-            message += f"; {MAX_FAILED_SAVES} in a row. Older ones are valid: make room and --resume"
-            raise launch.TrainingError(message, launch.EXIT_UNSAVED) from error
-        self.lead.print(f"warning: {message}; the run goes on, older checkpoints are valid")
 
     def manifest(self, folder, step, log):
         return {
@@ -145,22 +143,12 @@ class Checkpoints:
         Rows that were logged after it are cut off. Damaged checkpoints are renamed .bad-*, never deleted.
         TrainingError where a run has saved and no valid checkpoint is left: it does not start over by itself.
         """
-        newest, damaged = self.newest_valid()
-        self.lead.wait_for_everyone()
-        if self.lead.is_main_process:
-            for path in damaged:
-                set_aside(path)
+        newest = self.newest_valid(log)
         if newest is None:
-            self.check_never_saved(log)
             log.restore(None)
             return 0
         state = recipe.read_json(newest / "state.json", rundir.MAX_STATE_BYTES)
-        if self.settings.data.streaming and state["workers"] != loader.workers:
-            raise recipe.RecipeError(
-                f"{self.run_folder}: the order of a stream depends on its readers: resume with "
-                f"--workers {state['workers']}"
-            )
-        check_data(self.run_folder, state, loader)
+        self.check_data(state, loader)
         loader.broken = dict(state["broken"])
         log.restore(state)
         try:
@@ -175,52 +163,45 @@ class Checkpoints:
             ) from error
         return state["step"]
 
-    def check_never_saved(self, log):
-        """TrainingError if the log goes on after the step of a first checkpoint, which then was removed."""
-        first = self.settings.save_every or log.steps_per_epoch
-        if (last := log.last_step()) > first:
-            raise launch.TrainingError(
-                f"{log.path} reaches step {last}, but {self.folder} has no checkpoint: put it back, or start "
-                "again with --overwrite"
-            )
-
-    def newest_valid(self):
-        """(the newest checkpoint that is as it was written, or None; the damaged newer ones)."""
-        problems = {}
+    def newest_valid(self, log):
+        """The newest checkpoint that is as it was written; newer ones are set aside. None: never saved."""
+        newest, damaged = None, {}
         for path in reversed(rundir.checkpoints(self.run_folder)):
-            if (problem := problem_of(path, self.settings)) is None:
-                if problems:
-                    self.lead.print(
-                        "\n".join(f"warning: {line}, renamed .bad-*" for line in _damaged(problems))
-                    )
-                    self.lead.print(f"warning: going on from {path.name}")
-                return path, list(problems)
-            problems[path] = problem
-        if problems or list(self.folder.glob(".bad-*")):
-            advice = f"{self.run_folder}: no valid checkpoint is left; --overwrite starts again"
-            raise launch.TrainingError("\n".join([*_damaged(problems), advice]))
-        return None, []
+            problem = problem_of(path, self.settings)
+            if problem is None:
+                newest = path
+                break
+            damaged[path] = f"{path} is damaged ({problem})"
+        if newest is None:
+            if damaged or list(self.folder.glob(".bad-*")):
+                advice = f"{self.run_folder}: no valid checkpoint is left; --overwrite starts again"
+                raise launch.TrainingError("\n".join([*damaged.values(), advice]))
+            if log.last_step() > (self.settings.save_every or log.steps_per_epoch):
+                raise launch.TrainingError(
+                    f"{log.path} reaches step {log.last_step()}, but {self.folder} has no checkpoint: put it "
+                    "back, or start again with --overwrite"
+                )
+        self.lead.wait_for_everyone()
+        for path, message in damaged.items():
+            self.lead.print(f"warning: {message}, renamed .bad-*; going on from {newest.name}")
+            if self.lead.is_main_process:
+                os.replace(path, tempfile.mkdtemp(prefix=f".bad-{path.name}-", dir=self.folder))
+        return newest
 
-
-def check_data(folder, state, loader):
-    """RecipeError if the data of a resumed run has other images or classes than at the checkpoint's time."""
-    images, classes, names = state.get("images"), state.get("classes"), loader.split.names
-    if images not in (None, loader.size):
-        raise recipe.RecipeError(f"{folder}: began with {images:,} images, now there are {loader.size:,}")
-    if classes and names:
-        class_names.check_same(classes, names, f"the run in {folder}")
-
-
-def _damaged(problems):
-    return [f"{path} is damaged ({problem})" for path, problem in problems.items()]
-
-
-def set_aside(path):
-    """Rename a damaged checkpoint."""
-    aside = path.with_name(f".bad-{path.name}")
-    while aside.exists():
-        aside = aside.with_name(f"{aside.name}+")
-    os.replace(path, aside)
+    def check_data(self, state, loader):
+        """RecipeError if a resumed run has other images, classes or readers than at the checkpoint's time."""
+        images, classes, names = state.get("images"), state.get("classes"), loader.split.names
+        if images not in (None, loader.size):
+            raise recipe.RecipeError(
+                f"{self.run_folder}: began with {images:,} images, now there are {loader.size:,}"
+            )
+        if classes and names:
+            class_names.check_same(classes, names, f"the run in {self.run_folder}")
+        if self.settings.data.streaming and state["workers"] != loader.workers:
+            raise recipe.RecipeError(
+                f"{self.run_folder}: the order of a stream depends on its readers: resume with "
+                f"--workers {state['workers']}"
+            )
 
 
 def problem_of(folder, settings):
@@ -233,16 +214,12 @@ def problem_of(folder, settings):
                 return f"manifest.json names {name!r}, which is not a plain file of its folder"
             if path.stat().st_size != written["bytes"] or rundir.sha256(path) != written["sha256"]:
                 return f"{name} is not what was written"
-        needed = {"state.json"}
-        for student in settings.students:
-            needed |= {f"{student.name}.safetensors", f"{student.name}.optimizer.safetensors"}
-            needed |= {f"{student.name}.ema.safetensors"} if student.ema is not None else set()
+        needed = {"state.json"} | {name for student in settings.students for name in files_of(student)}
         if missing := sorted(needed - manifest["files"].keys()):
             return f"manifest.json does not name {missing[0]}"
-        steps = {manifest["step"], rundir.read_checked(folder / "state.json", STATE)["step"]}
-        named = int(folder.name.removeprefix("step-"))
-        if steps != {named}:
-            return f"the folder's name says step {named}, its files {sorted(steps)}"
+        step = rundir.read_checked(folder / "state.json", STATE)["step"]
+        if folder.name != f"step-{step:08d}":
+            return f"state.json is of step {step}"
         if manifest["schema"] > 1 and manifest["settings_sha256"] != rundir.settings_digest(settings):
             return "it belongs to a run with other settings"
         return None
@@ -269,13 +246,19 @@ def write_tensors(path, tensors):
         os.fsync(file.fileno())
 
 
+def files_of(student):
+    """Names of the files of a recipe.Student in a checkpoint: weights, optimizer, perhaps the average."""
+    kinds = ["", ".optimizer"] if student.ema is None else ["", ".optimizer", ".ema"]
+    return [f"{student.name}{kind}.safetensors" for kind in kinds]
+
+
 def write_student(folder, student, sums, optimizer):
     """Write the tensors of a student into a checkpoint; returns the rest of its state, for JSON."""
     tensors, rest = split_optimizer_state(optimizer)
-    write_tensors(folder / f"{student.name}.safetensors", student.distilled.state_dict())
-    write_tensors(folder / f"{student.name}.optimizer.safetensors", tensors)
-    if student.ema:
-        write_tensors(folder / f"{student.name}.ema.safetensors", student.ema.module.state_dict())
+    contents = [student.distilled.state_dict(), tensors]
+    contents += [student.ema.module.state_dict()] if student.ema else []
+    for name, content in zip(files_of(student.settings), contents, strict=True):
+        write_tensors(folder / name, content)
     scaler = student.accelerator.scaler
     counters = {key: getattr(student, key) for key in COUNTERS}
     return {"optimizer": rest, "scaler": scaler.state_dict() if scaler else None, "sums": sums, **counters}
@@ -283,13 +266,13 @@ def write_student(folder, student, sums, optimizer):
 
 def restore_student(folder, student, state, device):
     """Continue from what `write_student` wrote."""
-    student.distilled.load_state_dict(safetensors.torch.load_file(folder / f"{student.name}.safetensors"))
-    tensors = safetensors.torch.load_file(folder / f"{student.name}.optimizer.safetensors")
+    weights, tensors, *average = (
+        safetensors.torch.load_file(folder / name) for name in files_of(student.settings)
+    )
+    student.distilled.load_state_dict(weights)
     load_optimizer_state(student, join_optimizer_state(tensors, state["optimizer"]))
-    if student.ema:
-        student.ema.module.load_state_dict(
-            safetensors.torch.load_file(folder / f"{student.name}.ema.safetensors")
-        )
+    if average:
+        student.ema.module.load_state_dict(average[0])
     if state["scaler"]:
         student.accelerator.scaler.load_state_dict(state["scaler"])
     student.sums = torch.tensor(state["sums"], device=device)
@@ -333,9 +316,8 @@ def load_optimizer_state(student, state_dict):
     """Continue from what `optimizer_state` gave; the weights of the module are loaded already."""
     if launch.partitions_optimizer(student.accelerator):
         return load_partitions(student.optimizer.optimizer, state_dict)
-    if student.settings.optimizer.startswith("lamb") and any(
-        "m" in state for state in state_dict["state"].values()
-    ):
+    lamb = student.settings.optimizer.startswith("lamb")
+    if lamb and any("m" in state for state in state_dict["state"].values()):
         raise launch.TrainingError(
             f"student {student.name!r}: the checkpoint is of an earlier version, with another LAMB: finish "
             "this run with commit 9ac8abc, or start again with --overwrite"
@@ -386,12 +368,9 @@ def split_optimizer_state(state_dict):
 
 
 def join_optimizer_state(tensors, rest):
-    """The inverse of `split_optimizer_state`, after both halves went through files."""
-    joined = {
-        part: {int(index): dict(values) for index, values in entries.items()}
-        for part, entries in rest.items()
-    }
+    """The inverse of `split_optimizer_state`, after both halves went through files; changes `rest`."""
     for key, value in tensors.items():
         part, index, name = key.split(".", 2)
-        joined[part][int(index)][name] = value
-    return {"state": joined["state"], "param_groups": list(joined["param_groups"].values())}
+        rest[part][index][name] = value
+    state = {int(index): values for index, values in rest["state"].items()}
+    return {"state": state, "param_groups": list(rest["param_groups"].values())}
