@@ -22,17 +22,10 @@ import recipe
 
 MAX_STATE_BYTES = 16 << 20  # of the JSON files of a run
 FOLDERS, FILES = ("checkpoints", "students"), ("metrics.jsonl", "recipe.json", "result.json")
-# Keys of a recipe that a resume may change, because they cannot change a result.
-HARMLESS = {
-    "about",
-    "paper",
-    "log_every",
-    "evaluate_every",
-    "save_every",
-    "runs",
-    "max_broken",
-    "grad_checkpointing",
-}
+# Keys of a recipe that a resume may change, because they cannot change a result. The data of `source` may
+# have moved: `Checkpoints.check_data` compares what is there.
+HARMLESS = {"about", "paper", "log_every", "evaluate_every", "save_every", "runs", "grad_checkpointing"}
+HARMLESS |= {"max_broken", "source"}
 
 
 # ---------------------------------------------------------------- files
@@ -146,12 +139,11 @@ def lock(folder):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise recipe.RecipeError(f"{folder}: the run's folder cannot be made: {error.strerror}") from None
-    try:
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        raise recipe.RecipeError(f"{folder / '.lock'}: cannot be opened: {error.strerror}") from None
+        raise recipe.RecipeError(
+            f"{error.filename}: the run's folder cannot be made or locked: {error.strerror}"
+        ) from None
     file = open(descriptor, "r+", encoding="utf-8")  # noqa: SIM115  open as long as it is held
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,16 +206,15 @@ def check_entries(folder, folders):
 
     Nor symbolic links: writing through one would change a file elsewhere.
     """
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise recipe.RecipeError(
+                f"{path}: a symbolic link in a run's folder: replace it by what it points to"
+            )
     for path in folder.iterdir():
         if path.name in (*folders, *FILES) and path.is_dir() != (path.name in folders):
             kind = "folder" if path.name in folders else "file"
             raise recipe.RecipeError(f"{path}: expected a {kind}: remove it, or start again with --overwrite")
-    for parent, below, files in os.walk(folder):
-        for name in (*below, *files):
-            if os.path.islink(path := os.path.join(parent, name)):
-                raise recipe.RecipeError(
-                    f"{path}: a symbolic link in a run's folder: replace it by what it points to"
-                )
 
 
 def check_limit(folder, limit):
@@ -231,13 +222,11 @@ def check_limit(folder, limit):
 
     The teacher of a trial may be a trial's, or untrained, so its steps are not those of the run.
     """
-    begun = []
+    begun = set()
     for path in checkpoints(folder):
         with contextlib.suppress(recipe.RecipeError):  # damaged, which restore deals with
-            begun.append(read_checked(path / "manifest.json", MANIFEST).get("limit"))
-    if (folder / "result.json").exists():
-        begun.append(read_checked(folder / "result.json", RESULT)["limit"])
-    for other in (other for other in begun if other != limit):
+            begun.add(read_checked(path / "manifest.json", MANIFEST).get("limit"))
+    for other in begun - {limit}:
         was, now = (f"a trial (--limit {n})" if n else "a run without --limit" for n in (other, limit))
         raise recipe.RecipeError(
             f"{folder}: holds {was}, which cannot be continued as {now}: choose another --out, or replace it "
@@ -265,29 +254,24 @@ def consequential(tree):
 
 
 def differences(old, new):
-    """Lines 'a.b: old -> new' for the settings of two recipes that can change a result, not data.source.
+    """Lines 'a.b: old -> new' for the settings of two recipes that can change a result."""
+    old, new = (dict(_leaves(consequential(json.loads(recipe.dump(r))))) for r in (old, new))
+    changed = [path for path in new | old if old.get(path) != new.get(path)]
+    return [f"{path}: {json.dumps(old.get(path))} -> {json.dumps(new.get(path))}" for path in changed]
 
-    Data may move between two parts of a run: `check_data` compares what is there.
-    """
-    return _changed(*(consequential(json.loads(recipe.dump(r))) for r in (old, new)), "")
 
-
-def _changed(old, new, path):
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line for k in new | old for line in _changed(old.get(k), new.get(k), f"{path}.{k}" if path else k)
-        ]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [
-            line
-            for i, pair in enumerate(zip(old, new, strict=True))
-            for line in _changed(*pair, f"{path}.{i}")
-        ]
-    return [] if old == new or path == "data.source" else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+def _leaves(tree, path=""):
+    """Yield ("a.0.b", value) for every value in JSON that holds no others."""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict) or not tree:
+        yield path, tree
+        return
+    for key, child in tree.items():
+        yield from _leaves(child, f"{path}.{key}" if path else key)
 
 
 def settings_digest(settings):
     """sha256 of the settings that a resume may not change."""
     tree = consequential(json.loads(recipe.dump(settings)))
-    tree["data"].pop("source")
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

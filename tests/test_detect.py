@@ -39,6 +39,7 @@ from torchvision.ops import MultiScaleRoIAlign
 import coco
 import detect
 import detectors
+import launch
 import models
 import optim
 import recipe
@@ -713,7 +714,7 @@ def test_bad_input_ends_with_exit_code_2_before_the_folder_is_made(data, tmp_pat
 def test_norm_over_several_cpu_processes_is_refused():
     settings = settings_of("coco_maskrcnn_res50_1x")
     lead = SimpleNamespace(num_processes=2, device=torch.device("cpu"), mixed_precision="no")
-    lead.distributed_type = None
+    lead.distributed_type = launch.DistributedType.NO
     with mock.patch.dict(os.environ, WORLD_SIZE="2"), pytest.raises(recipe.RecipeError) as caught:
         detect.check_launch(settings, lead)
     assert "norm is 'sync'" in str(caught.value) and "--set students.kd.norm=frozen" in str(caught.value)

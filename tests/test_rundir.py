@@ -164,10 +164,10 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path, capsys):
     file.write_text("mine")
     for out in (file, file / "below", tmp_path / ("x" * 300), "/proc/x"):
         code, told = stopped(capsys, path, out)
-        assert code == 2 and f"{out}: the run's folder cannot be made: " in told
+        assert code == 2 and f"{out}: the run's folder cannot be made or locked: " in told
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     code, told = stopped(capsys, path, tmp_path / "run")
-    assert code == 2 and ".lock: cannot be opened: Is a directory" in told
+    assert code == 2 and ".lock: the run's folder cannot be made or locked: Is a directory" in told
     assert file.read_text() == "mine"
 
 
