@@ -37,7 +37,6 @@ RUN_BOARD = {  # and of the run, by the names of a row
     "seconds/data": "wall_clock/seconds_data",
     "seconds/teacher": "wall_clock/seconds_teacher",
 }
-SHOWN_MEMORY = 1e7  # bytes, below which the plan says nothing of them
 
 
 class Clock:
@@ -222,23 +221,20 @@ class Log:
         TrainingError if rows that were written before it are missing or damaged.
         """
         if self.lead.is_main_process:
-            self.cut(state["metrics_bytes"] if state else 0)
+            size = state["metrics_bytes"] if state else 0
+            there = self.path.stat().st_size if self.path.exists() else 0
+            if there < size:
+                raise launch.TrainingError(
+                    f"{self.path}: {there} bytes, at the newest checkpoint there were {size}: put the file "
+                    "back, or start again with --overwrite"
+                )
+            if there:
+                os.truncate(self.path, size)
+                self.rows()
         if state:
             self.seconds, (self.steps, self.window) = state["seconds"], state["timed"]
             self.clock.window, self.clock.total = state["clock"]["window"], state["clock"]["total"]
             self.warned_broken = len(self.loader.broken)
-
-    def cut(self, size):
-        """Keep the first bytes of metrics.jsonl."""
-        there = self.path.stat().st_size if self.path.exists() else 0
-        if there < size:
-            raise launch.TrainingError(
-                f"{self.path}: {there} bytes, at the newest checkpoint there were {size}: put the file back, "
-                "or start again with --overwrite"
-            )
-        if there:
-            os.truncate(self.path, size)
-            self.rows()
 
     def last_step(self):
         """The step of the last row on the disk; 0 without one."""
@@ -268,15 +264,16 @@ class Log:
 
     def close_board(self):
         """Close TensorBoard's files. Its HPARAMS tab then has the students, with their newest accuracies."""
-        trackers = [(tracker, ()) for tracker in self.lead.trackers]
-        for student in self.students if self.lead.is_main_process else ():
-            summaries = hyper_parameters(self.settings, student.settings)
-            trackers += [(tracker, summaries) for tracker in student.accelerator.trackers]
-        for tracker, summaries in trackers:
+        if not self.lead.is_main_process:
+            return
+        for student in [None, *self.students]:
+            accelerator = student.accelerator if student else self.lead
+            summaries = hyper_parameters(self.settings, student.settings) if student else ()
             try:
-                for summary in summaries:
-                    tracker.writer.file_writer.add_summary(summary)
-                tracker.finish()
+                for tracker in accelerator.trackers:
+                    for summary in summaries:
+                        tracker.writer.file_writer.add_summary(summary)
+                    tracker.finish()
             except OSError as error:  # a board was removed during the run; the result is written
                 self.lead.print(f"warning: TensorBoard's files are not complete: {error}")
 
@@ -303,16 +300,15 @@ def plan(log, teacher, step):
 
     teacher: its Network, or None.
     """
-    settings, loader, stop = log.settings, log.loader, log.stop
-    data, kind = settings.data, "streamed" if settings.data.streaming else "memory-mapped"
+    settings, loader, data = log.settings, log.loader, log.settings.data
+    kind = "streamed" if data.streaming else "memory-mapped"
     if loader.resident:
-        nbytes = loader.resident.images.nbytes
-        kind = f"resident on {loader.resident.device}" + f" ({_gigabytes(nbytes)})" * (nbytes >= SHOWN_MEMORY)
+        kind = f"resident on {loader.resident.device} ({_megabytes(loader.resident.images.nbytes)})"
     share = f" ({data.fraction:g} of each class)" if data.fraction < 1 else ""
-    crops = stop * settings.batch_size
+    crops = log.stop * settings.batch_size
     lines = [
         f"{log.folder}: {settings.epochs} epochs of {loader.steps_per_epoch} steps"
-        + (f", of which this run makes {stop} steps" if log.limit else "")
+        + (f", of which this run makes {log.stop} steps" if log.limit else "")
         + (f"; resumed at step {step}" if step else ""),
         f"  data: {loader.size:,} images{share} of {data.source}, {kind}; {crops:,} crops of "
         f"{data.size} pixels from {-(-crops // data.repeats):,} images read ({data.repeats} of each)",
@@ -322,41 +318,39 @@ def plan(log, teacher, step):
     if data.test_split == sources.HELD_OUT:
         share = f"{100 * sources.HELD_OUT_SHARE:g} % of the images of each class of {data.train_split}"
         lines.append(f"  tested on {share}, which are left out of the training: there is no other split")
-    fixed, largest = 0, 0
+    kept, largest = 0, 0
     if teacher is not None:
         parameters = count_parameters(teacher)
-        fixed += 4 * parameters
+        kept += 4 * parameters
         name, size = settings.teacher.model or "its recipe", teacher.size or data.size
         lines.append(f"  teacher: {name}, {parameters:,} parameters, {size} pixels")
     for student in log.students:
-        described, weights, activations = plan_student(student, data.size, loader.per_process)
-        lines += described
-        fixed, largest = fixed + weights, max(largest, activations)
-    return "\n".join(lines + _memory("  memory a process", fixed, largest, loader.per_process))
+        line, weights, activations = plan_student(student, data.size, loader.per_process)
+        lines.append(line)
+        kept, largest = kept + weights, max(largest, activations)
+    lines.append(f"  memory of a process: {_memory(kept, largest)}")
+    return "\n".join(lines)
 
 
 def plan_student(student, size, per_process):
-    """(lines, bytes of weights, gradients and optimizer state, bytes of activations) of a student."""
+    """(line, bytes of weights, gradients and optimizer state, bytes of activations) of a student."""
     settings, module = student.settings, student.distilled
-    soft = f" + {settings.soft.weight:g} {settings.soft.loss} {settings.soft.args}" if settings.soft else ""
-    lines = [
+    line = (
         f"  student {student.name}: {settings.model}, {count_parameters(student.net):,} parameters, "
         f"{settings.optimizer} lr {settings.lr:g}, weight decay {settings.weight_decay:g}, "
-        f"{settings.hard.weight:g} {settings.hard.loss}{soft}"
-    ]
+        f"{settings.hard.weight:g} {settings.hard.loss}"
+    )
+    if settings.soft:
+        line += f" + {settings.soft.weight:g} {settings.soft.loss} {settings.soft.args}"
     banks = 0
     if module.taps:
         banks = sum(buffer.nbytes for buffer in module.soft.buffers())
-        lines.append(
-            f"    its loss trains {count_parameters(module.soft):,} parameters"
-            + f" and keeps {_gigabytes(banks)}" * (banks >= SHOWN_MEMORY)
-            + f", features at taps {list(module.taps)}"
-        )
+        line += f", which trains {count_parameters(module.soft):,} parameters on taps {list(module.taps)}"
     moments = 1 if isinstance(student.optimizer.optimizer, torch.optim.SGD) else 2
     copies = 2 + moments + bool(student.ema)  # weights, gradients, moments, average
     weights = banks + 4 * count_parameters(module) * copies
     activations = per_process * activation_bytes(student.net, size, student.accelerator)
-    return lines + _memory("    memory", weights, activations, per_process), weights, activations
+    return f"{line}; {_memory(weights, activations)}", weights, activations
 
 
 def activation_bytes(network, size, accelerator):
@@ -379,13 +373,9 @@ def count_parameters(network):
     return sum(p.numel() for p in network.parameters())
 
 
-def _memory(what, fixed, activations, per_process):
-    """The line about memory in a list, which is empty where it is too little to matter."""
-    if fixed + activations < SHOWN_MEMORY:
-        return []
-    kept = f"{_gigabytes(activations)} of activations for {per_process} images"
-    return [f"{what}, about: {_gigabytes(fixed)} of weights, gradients and optimizer, {kept}"]
+def _memory(weights, activations):
+    return f"about {_megabytes(weights)} of weights and state, {_megabytes(activations)} of activations"
 
 
-def _gigabytes(n):
-    return f"{n / 1e9:.2f} GB"
+def _megabytes(n):
+    return f"{n / 1e6:,.1f} MB"
