@@ -23,8 +23,6 @@ import optim
 import recipe
 
 TERMS = ("loss", "hard", "soft")  # the weighted sum, the label loss, the distillation loss
-MAX_SKIPPED_STEPS = 10  # in a row, or more than 1 % of the steps of a run
-MIN_GRADIENT_SCALE = 1e-3  # float16's scale starts at 65536 and halves with every overflow
 
 
 # ---------------------------------------------------------------- a student
@@ -220,35 +218,6 @@ class Student:
         taken = round(batches) // accumulate
         named = zip(self.terms, sums, strict=False)
         return {name: total / batches for name, total in named} if taken else {}, steps - taken
-
-    def check_finite(self, skipped, steps, step, stop):
-        """Count the steps that were `skipped` among the last `steps`; TrainingError for too many.
-
-        Returns a warning, or None. float16's overflows are expected: there only the gradient scale counts.
-        """
-        self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + skipped if skipped == steps else 0
-        scaler = self.accelerator.scaler
-        if scaler is not None:
-            if skipped and scaler.get_scale() < MIN_GRADIENT_SCALE:
-                raise launch.TrainingError(
-                    f"student {self.name!r}: float16's gradient scale fell to {scaler.get_scale():.3g} by "
-                    f"step {step}: every gradient overflows; try --mixed_precision bf16"
-                )
-            return None
-
-        many = self.skipped_in_a_row >= MAX_SKIPPED_STEPS or self.skipped > max(MAX_SKIPPED_STEPS, stop / 100)
-        if many or (skipped and launch.uses_deepspeed(self.accelerator)):
-            raise launch.TrainingError(
-                f"student {self.name!r}: the gradient is not finite at step {step}; {self.skipped} steps "
-                "were skipped"
-            )
-        if skipped:
-            return (
-                f"student {self.name!r}: gradient not finite in {skipped} of the last {steps} steps, where "
-                f"it was replaced by zeros; {self.skipped} such steps by step {step}"
-            )
-        return None
 
     def log_gradients(self):
         """{"gradient_hard", "gradient_soft", "gradient_ratio"} of the newest batch.

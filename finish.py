@@ -36,27 +36,44 @@ def finish(log, step, teacher_scores):
         log.accuracy(step)
     if not log.lead.is_main_process:
         return None
-    export_students(log.folder, log.students, log.settings.data, log.loader.split.names)
     result = result_of(log, step, teacher_scores)
-    write_cards(log, result)
+    export_students(log, result)
     write_result(log.folder, result)  # last, because a run with a result is finished
     return result
 
 
-def export_students(folder, students, data, label_names):
-    """Write students/NAME (and NAME-ema) for timm; see models.export."""
+def export_students(log, result):
+    """Write students/NAME (and NAME-ema) for timm, see models.export, with README.md, the hub's card."""
+    data, names = log.settings.data, log.loader.split.names
     preprocessing = {key: getattr(data, key) for key in ("size", "crop_pct", "interpolation")}
-    (folder / "students").mkdir(exist_ok=True)
-    for student in students:
-        networks = {student.name: student.net}
+    (log.folder / "students").mkdir(exist_ok=True)
+    for student, scores in zip(log.students, result["students"], strict=True):
+        networks = {student.name: (student.net, scores["last"])}
         if student.ema:
-            networks[f"{student.name}-ema"] = student.ema.module
-        for name, network in networks.items():
-            path, model_args = folder / "students" / name, student.settings.model_args
-            models.export(network, path, model_args=model_args, label_names=label_names, **preprocessing)
+            networks[f"{student.name}-ema"] = student.ema.module, scores["last"]["ema"]
+        for name, (network, last) in networks.items():
+            folder, model_args = log.folder / "students" / name, student.settings.model_args
+            models.export(network, folder, model_args=model_args, label_names=names, **preprocessing)
+            text = card(name, student.settings, scores["parameters"], last, data, names or [], result)
+            rundir.write_atomic(folder / "README.md", text)
 
 
-CARD = """---
+def card(name, student, parameters, scores, data, names, result):
+    """The text of a card. student, data: of the recipe; scores: of the last epoch; names: of the classes."""
+    shown = ", ".join(map(plain, names[:10])) + ", ..." * (len(names) > 10)
+    classes = f"{data.classes} classes ({shown})" if names else f"{data.classes} classes"
+    tested = f"{scores['n']:,} of {plain(data.source)}, {data.test_split}"
+    lesson, teacher = f"Trained on labels alone, with {student.hard.loss}", result["teacher"]
+    if student.soft:
+        lesson = (
+            f"Distilled with {student.soft.weight:g} {student.soft.loss} {student.soft.args} + "
+            f"{student.hard.weight:g} {student.hard.loss} from {plain(teacher['name'])} "
+            f"({teacher['parameters']:,} parameters, top-1 {teacher['top1']:.2f} %)"
+        )
+    trial = f"; a trial of {result['steps']} steps" if result["limit"] else ""
+    needs = "\nimport cifar_resnet  # of this project: timm does not have the network"
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    return f"""---
 library_name: timm
 pipeline_tag: image-classification
 tags: [image-classification, timm, knowledge-distillation]
@@ -64,65 +81,30 @@ tags: [image-classification, timm, knowledge-distillation]
 
 # {name}
 
-{model}, {parameters:,} parameters, for images of {size} pixels and {classes} classes{named}.
-{lesson}
+{student.model}, {parameters:,} parameters, for images of {data.size} pixels and {classes}.
+{lesson}.
 
 | test images | top-1 | top-5 |
 |---|---|---|
-| {n:,} of {source}, {split} | {top1:.2f} % | {top5:.2f} % |
+| {tested} | {scores["top1"]:.2f} % | {scores["top5"]:.2f} % |
 
-The numbers are those of the last epoch ({epochs:g} epochs, seed {seed}{trial}).
+The numbers are those of the last epoch ({result["epochs"]:g} epochs, seed {result["seed"]}{trial}).
 
 ```python
-import timm, torch{needs}
+import timm, torch{needs * (student.model in cifar_resnet.VARIANTS)}
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-Trained with {versions}, commit {commit}, by
+Trained with {versions}, commit {result["commit"]}, by
 
-    {command}
+    {recipe.printable(result["command"])}
 """
 
 
 def plain(text):
     """A name from others for Markdown: in one line, without characters that have a meaning there."""
     return re.sub(r"([\\`*\[\]<>|#~$])", r"\\\1", recipe.printable(text))
-
-
-def write_cards(log, result):
-    """Write students/NAME/README.md, the card that the hub shows, for every student and its average."""
-    settings, names = log.settings, log.loader.split.names or []
-    for student, scores in zip(log.students, result["students"], strict=True):
-        facts = {key: result[key] for key in ("epochs", "seed", "commit")}
-        facts["command"] = recipe.printable(result["command"])
-        facts |= dict(model=student.settings.model, parameters=scores["parameters"], size=settings.data.size)
-        facts |= dict(
-            classes=settings.data.classes, source=plain(settings.data.source), split=settings.data.test_split
-        )
-        shown = ", ".join(map(plain, names[:10])) + ", ..." * (len(names) > 10)
-        facts["named"] = f" ({shown})" if names else ""
-        facts["trial"] = f"; a trial of {result['steps']} steps" if result["limit"] else ""
-        facts["versions"] = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        facts["needs"] = "\nimport cifar_resnet  # of this project: timm does not have the network"
-        facts["needs"] *= student.settings.model in cifar_resnet.VARIANTS
-        facts["lesson"] = _lesson(student.settings, result["teacher"])
-        cards = {student.name: scores["last"]}
-        if student.ema:
-            cards[f"{student.name}-ema"] = scores["last"]["ema"]
-        for name, last in cards.items():
-            text = CARD.format(name=name, **{key: last[key] for key in ("n", "top1", "top5")}, **facts)
-            rundir.write_atomic(log.folder / "students" / name / "README.md", text)
-
-
-def _lesson(student, teacher):
-    if student.soft is None:
-        return f"Trained on labels alone, with {student.hard.loss}."
-    return (
-        f"Distilled with {student.soft.weight:g} {student.soft.loss} {student.soft.args} + "
-        f"{student.hard.weight:g} {student.hard.loss} from {plain(teacher['name'])} "
-        f"({teacher['parameters']:,} parameters, top-1 {teacher['top1']:.2f} %)."
-    )
 
 
 def result_of(log, step, teacher_scores):
@@ -186,17 +168,13 @@ def curve(rows, name, x, metrics):
 
 def environment(accelerator):
     """What a number needs beside it and its command: commit, versions, hardware."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    commit = (
-        subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-    )
-    changed = bool(
-        subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
-    )
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40"]
+    git += ["--exclude=*", "--dirty=+changes"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else _cpu_name()
     packages = (torch, timm, accelerate, datasets, np)
     return {
-        "commit": commit and commit + ("+changes" if changed else ""),
+        "commit": commit,
         "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in packages},
         "hardware": {"device": device, "cpus": os.cpu_count(), "processes": accelerator.num_processes},
         "precision": launch.precision(accelerator),
@@ -204,30 +182,28 @@ def environment(accelerator):
 
 
 def _cpu_name():
+    """As in /proc/cpuinfo, or what Python knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
         return platform.processor() or platform.machine()
 
 
 def summary(results):
     """A table of last-epoch accuracies: the teacher, and each student's mean and spread over seeds."""
     rows = []
-    if results[0]["teacher"]:
-        rows.append(_row("teacher", [results[0]["teacher"]], results[0]["teacher"]["parameters"]))
+    if teacher := results[0]["teacher"]:
+        rows.append(_row("teacher", teacher, [teacher]))
     for i, student in enumerate(results[0]["students"]):
         scores = [result["students"][i]["last"] for result in results]
-        rows.append(_row(student["name"], scores, student["parameters"]))
+        rows.append(_row(student["name"], student, scores))
         if "ema" in scores[0]:
-            rows.append(
-                _row(f"{student['name']}-ema", [score["ema"] for score in scores], student["parameters"])
-            )
+            rows.append(_row(f"{student['name']}-ema", student, [score["ema"] for score in scores]))
     return table(rows)
 
 
-def _row(name, scores, parameters):
-    row = {"network": name, "parameters": parameters}
+def _row(name, network, scores):
+    row = {"network": name, "parameters": network["parameters"]}
     for metric, spread in (("top1", "±"), ("top5", "± ")):
         values = [score[metric] for score in scores]
         row[metric] = float(np.mean(values))

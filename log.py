@@ -37,6 +37,8 @@ RUN_BOARD = {  # and of the run, by the names of a row
     "seconds/data": "wall_clock/seconds_data",
     "seconds/teacher": "wall_clock/seconds_teacher",
 }
+MAX_SKIPPED_STEPS = 10  # in a row, or more than 1 % of the steps of a run
+MIN_GRADIENT_SCALE = 1e-3  # float16's scale starts at 65536 and halves with every overflow
 
 
 class Clock:
@@ -95,13 +97,19 @@ class Log:
 
     def losses(self, step):
         """Write a row of means since the last one; returns the mean loss of the students, for people."""
-        row = {}
-        means = []
+        row, means = {}, []
         for student in self.students:
-            terms, skipped = student.read_sums(self.steps, self.loader.accumulate)
+            values, skipped = student.read_sums(self.steps, self.loader.accumulate)
             self.check_finite(student, skipped, step)
-            means.append(terms.get("loss", math.nan))
-            row |= self.losses_of(student, terms, step)
+            means.append(values.get("loss", math.nan))
+            group = student.optimizer.param_groups[0]
+            values["lr"] = group["lr"] / group.get("lr_scale", 1.0)
+            if student.skipped:
+                values["overflows" if student.accelerator.scaler else "skipped"] = student.skipped
+            # not in the last row, which a resumed run may write without a step
+            if step % self.settings.log_every == 0:
+                values |= student.log_gradients()
+            row |= {f"{name}/{student.name}": value for name, value in values.items()}
         row |= self.warn_of_broken_images()
         row["speed/images_per_second"] = self.steps * self.settings.batch_size / self.window
         self.clock.read()
@@ -110,37 +118,42 @@ class Log:
         self.write(step, row)
         return float(np.mean(means))
 
-    def losses_of(self, student, terms, step):
-        """The part of a row that belongs to one student."""
-        values = dict(terms)
-        group = student.optimizer.param_groups[0]
-        values["lr"] = group["lr"] / group.get("lr_scale", 1.0)
-        if student.skipped:  # float16's overflows are expected, other gradients that are not finite are not
-            values["overflows" if student.accelerator.scaler else "skipped"] = student.skipped
-        # not in the last row, which a resumed run may write without a step
-        if step % self.settings.log_every == 0:
-            values |= student.log_gradients()
-        if not math.isfinite(values.get("loss", 0.0)):
-            raise launch.TrainingError(
-                f"student {student.name!r}: the loss is {values['loss']} by step {step}"
-            )
-        return {f"{name}/{student.name}": value for name, value in values.items()}
-
     def check_finite(self, student, skipped, step):
-        """Warn of gradients that were not finite; where there are too many, write a dump and raise."""
-        try:
-            warning = student.check_finite(skipped, self.steps, step, self.stop)
-        except launch.TrainingError as error:
-            terms = zip(student.terms, map(str, student.last_part.tolist()), strict=False)  # JSON has no NaN
-            facts = {"step": step, "student": student.name, "skipped": student.skipped}
-            facts |= {"lr": student.optimizer.param_groups[0]["lr"], "terms of the last batch": dict(terms)}
-            facts |= {"images of the last batch": self.index.tolist()}
-            dump = self.folder / f"not-finite-{student.name}-{step}.json"
-            if self.lead.is_main_process:
-                rundir.write_atomic(dump, json.dumps(facts, indent=2) + "\n")
-            raise launch.TrainingError(f"{error}: {dump}") from error
-        if warning:
-            self.lead.print(f"warning: {warning}")
+        """Count and tell how many steps since the last row had a gradient that was not finite.
+
+        With too many of them, writes a dump and raises TrainingError. float16's overflows are expected: there
+        only the gradient scale counts.
+        """
+        student.skipped += skipped
+        student.skipped_in_a_row = student.skipped_in_a_row + skipped if skipped == self.steps else 0
+        if not skipped:
+            return
+        message = (
+            f"student {student.name!r}: the gradient is not finite at step {step}; {student.skipped} steps "
+            "were skipped"
+        )
+        if (scaler := student.accelerator.scaler) is not None:
+            if scaler.get_scale() >= MIN_GRADIENT_SCALE:
+                return
+            message += f", float16's gradient scale is {scaler.get_scale():.3g}: try --mixed_precision bf16"
+        else:
+            many = student.skipped > max(MAX_SKIPPED_STEPS, self.stop / 100)
+            many = many or student.skipped_in_a_row >= MAX_SKIPPED_STEPS
+            if not many and not launch.uses_deepspeed(student.accelerator):  # which has stepped with them
+                self.lead.print(
+                    f"warning: student {student.name!r}: gradient not finite in {skipped} of the last "
+                    f"{self.steps} steps, where it was replaced by zeros; {student.skipped} such steps by "
+                    f"step {step}"
+                )
+                return
+        terms = zip(student.terms, map(str, student.last_part.tolist()), strict=False)  # JSON has no NaN
+        facts = {"step": step, "student": student.name, "skipped": student.skipped}
+        facts |= {"lr": student.optimizer.param_groups[0]["lr"], "terms of the last batch": dict(terms)}
+        facts |= {"images of the last batch": self.index.tolist()}
+        dump = self.folder / f"not-finite-{student.name}-{step}.json"
+        if self.lead.is_main_process:
+            rundir.write_atomic(dump, json.dumps(facts, indent=2) + "\n")
+        raise launch.TrainingError(f"{message}: see {dump}")
 
     def warn_of_broken_images(self):
         """{"broken_images": their number so far}, or {}; new ones are named, twenty at most."""

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -429,27 +430,33 @@ def counted(skips, steps, stop, scale=None):
     """
     scaler = scale and types.SimpleNamespace(get_scale=lambda: scale)
     accelerator = types.SimpleNamespace(scaler=scaler, distributed_type=launch.DistributedType.NO)
-    student = distill.Student(types.SimpleNamespace(name="a"), accelerator, None, None, None)
-    return student, [student.check_finite(n, steps, (i + 1) * steps, stop) for i, n in enumerate(skips)]
+    optimizer = types.SimpleNamespace(param_groups=[{"lr": 0.1}])
+    student = distill.Student(types.SimpleNamespace(name="a"), accelerator, None, optimizer, None)
+    student.last_part, warnings = torch.tensor([float("nan"), 1.0, 1.0]), []
+    lead = types.SimpleNamespace(is_main_process=False, print=warnings.append)
+    fields = dict(lead=lead, folder=Path("out"), index=torch.arange(2), steps=steps, stop=stop)
+    for i, skipped in enumerate(skips):
+        log.Log.check_finite(types.SimpleNamespace(**fields), student, skipped, (i + 1) * steps)
+    return student, warnings
 
 
 def test_skipped_steps_are_counted():
     student, warnings = counted([0, 5, 2, 0], 5, 5000)
-    assert (student.skipped, student.skipped_in_a_row) == (7, 0)
-    assert [bool(warning) for warning in warnings] == [False, True, True, False]
+    assert (student.skipped, student.skipped_in_a_row) == (7, 0) and len(warnings) == 2
     expected = (
-        "student 'a': gradient not finite in 2 of the last 5 steps, where it was replaced by zeros; 7 such "
-        "steps by step 15"
+        "warning: student 'a': gradient not finite in 2 of the last 5 steps, where it was replaced by zeros; "
+        "7 such steps by step 15"
     )
-    assert warnings[2] == expected
+    assert warnings[1] == expected
     counted([1, 1, 1] * 16, 5, 5000)  # 1 % of 5000 is 50
     for skips in ([5, 5], [1] * 51):  # ten in a row; more than 1 %
-        told = f"student 'a': the gradient is not finite at step .*; {sum(skips)} steps were skipped"
+        told = (
+            f"student 'a': the gradient is not finite at step .*; {sum(skips)} steps were skipped: see out/"
+        )
         with pytest.raises(launch.TrainingError, match=told):
             counted(skips, 5, 5000)
     student, warnings = counted([5, 5, 5], 5, 5000, scale=2.0**10)  # float16's scaler may need some
-    assert warnings == [None] * 3 and student.skipped == 15
-    with pytest.raises(
-        launch.TrainingError, match=r"gradient scale fell to 0.0005 .* try --mixed_precision bf16"
-    ):
+    assert warnings == [] and student.skipped == 15
+    told = "5 steps were skipped, float16's gradient scale is 0.0005: try --mixed_precision bf16"
+    with pytest.raises(launch.TrainingError, match=told):
         counted([5], 5, 5000, scale=5e-4)
