@@ -293,23 +293,22 @@ def optimizer_state(student):
 
     from deepspeed.utils import safe_get_full_fp32_param  # an optional package
 
-    zero, states, groups = student.optimizer.optimizer, {}, []
+    zero, states, groups = student.optimizer.optimizer, [], []
     for parameters, group in zip(zero.bit16_groups, zero.optimizer.param_groups, strict=True):
         (flat,) = group["params"]  # all tensors of the group, joined, this process's share
-        first, weights = len(states), flat.detach().clone()
-        states |= {i: {} for i in range(first, first + len(parameters))}
+        indices, weights = range(len(states), len(states) + len(parameters)), flat.detach().clone()
+        states += [{} for _ in parameters]
         for key, value in zero.optimizer.state[flat].items():
             partitioned = torch.is_tensor(value) and value.shape == flat.shape
             if partitioned:
                 # DeepSpeed gathers weights, which lie as the state does; its function for the state knows
                 # only the tensors that were there at the first step
                 flat.data.copy_(value)
-            for i, parameter in enumerate(parameters, first):
+            for i, parameter in zip(indices, parameters, strict=True):
                 states[i][key] = safe_get_full_fp32_param(parameter) if partitioned else value
         flat.data.copy_(weights)
-        rest = {key: value for key, value in group.items() if key != "params"}
-        groups.append(rest | {"params": list(range(first, len(states)))})
-    return {"state": states, "param_groups": groups}
+        groups.append(group | {"params": list(indices)})
+    return {"state": dict(enumerate(states)), "param_groups": groups}
 
 
 def load_optimizer_state(student, state_dict):
@@ -344,7 +343,7 @@ def load_partitions(zero, state_dict):
     for parameters, group, saved in groups:
         (flat,) = group["params"]
         states = [state_dict["state"].get(i, {}) for i in range(first, first + len(parameters))]
-        group |= {key: value for key, value in saved.items() if key != "params"}
+        group |= saved | {"params": group["params"]}
         for key, value in states[0].items():
             if torch.is_tensor(value) and value.shape == parameters[0].shape:
                 for parameter, state in zip(parameters, states, strict=True):

@@ -129,23 +129,18 @@ class Log:
         if not skipped:
             return
         message = (
-            f"student {student.name!r}: the gradient is not finite at step {step}; {student.skipped} steps "
-            "were skipped"
+            f"student {student.name!r}: gradient not finite in {skipped} of the last {self.steps} steps, "
+            f"where it was replaced by zeros; {student.skipped} such steps by step {step}"
         )
         if (scaler := student.accelerator.scaler) is not None:
             if scaler.get_scale() >= MIN_GRADIENT_SCALE:
                 return
-            message += f", float16's gradient scale is {scaler.get_scale():.3g}: try --mixed_precision bf16"
+            message += f"; float16's gradient scale is {scaler.get_scale():.3g}: try --mixed_precision bf16"
         else:
             many = student.skipped > max(MAX_SKIPPED_STEPS, self.stop / 100)
             many = many or student.skipped_in_a_row >= MAX_SKIPPED_STEPS
             if not many and not launch.uses_deepspeed(student.accelerator):  # which has stepped with them
-                self.lead.print(
-                    f"warning: student {student.name!r}: gradient not finite in {skipped} of the last "
-                    f"{self.steps} steps, where it was replaced by zeros; {student.skipped} such steps by "
-                    f"step {step}"
-                )
-                return
+                return self.lead.print(f"warning: {message}")
         terms = zip(student.terms, map(str, student.last_part.tolist()), strict=False)  # JSON has no NaN
         facts = {"step": step, "student": student.name, "skipped": student.skipped}
         facts |= {"lr": student.optimizer.param_groups[0]["lr"], "terms of the last batch": dict(terms)}

@@ -223,13 +223,12 @@ def dry_run(prepared, lead):
     """Print the plan of a recipe, after that of a teacher which would be trained first. Writes nothing."""
     if prepared.teacher:
         dry_run(prepared.teacher, lead)
-    settings, out = prepared.settings, prepared.out
-    for folder, of_seed in runs_of(settings, out):
+    runs = runs_of(prepared.settings, prepared.out)
+    for folder, of_seed in runs:
         rundir.check_folder(folder, of_seed, prepared.options)
-    lead.print(plan(make_log(settings, out, prepared, prepared.students), prepared.network, 0))
-    seeds = f"seed{settings.seed} to seed{settings.seed + settings.runs - 1}, each with "
-    files = "recipe.json, metrics.jsonl, checkpoints/, students/, result.json, TensorBoard's files"
-    lead.print(f"  would write {out}: {seeds * (settings.runs > 1)}{files}")
+    log = make_log(prepared.settings, prepared.out, prepared, prepared.students)
+    lead.print(plan(log, prepared.network, 0))
+    lead.print(f"  would write {', '.join(str(folder) for folder, _ in runs)}")
 
 
 def execute(prepared, lead):

@@ -380,9 +380,7 @@ def test_too_many_of_them_stop_the_run_with_a_dump(steps, tmp_path, teacher_file
     poisoned(monkeypatch, steps)
     code, message = stopped(capsys, path, out)
     (dump,) = out.glob("not-finite-*.json")
-    assert (
-        code == 1 and "student 'kd': the gradient is not finite at step" in message and str(dump) in message
-    )
+    assert code == 1 and "student 'kd': gradient not finite in" in message and f"see {dump}" in message
     facts = json.loads(dump.read_text())
     assert facts["student"] == "kd" and facts["skipped"] >= log.MAX_SKIPPED_STEPS
     assert facts["step"] == (18 if steps[0] == 7 else 24) and facts["lr"] > 0

@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     """Where the gradient still was: it is the loss that tells."""
     changes = dict(students__0__lr=1e30, students__0__clip_grad=None, schedule__warmup_epochs=0)
     code, message = stopped(capsys, write(tmp_path / "r.json", **changes), tmp_path / "out")
-    assert code == 1 and "student 'alone': the gradient is not finite at step" in message
+    assert code == 1 and "student 'alone': gradient not finite in" in message
 
 
 def average_statistics():
