@@ -250,9 +250,7 @@ def execute(prepared, lead):
                 students = build_students(of_seed, prepared.network, prepared.loader)
             prepared.students = None  # later seeds need their memory on the device
             prepared.loader.broken = {}
-            result = run_seed(  # no name for the log: the next seed needs its memory
-                make_log(of_seed, folder, prepared, students), prepared.network, teacher, teacher_scores
-            )
+            result = run_seed(of_seed, folder, prepared, students, teacher, teacher_scores)
         results.append(result)
     lead.wait_for_everyone()
     for held in locks:
@@ -301,20 +299,21 @@ def make_log(settings, folder, prepared, students):
     return Log(folder, settings, lead, students, loader, prepared.test_loader, stop, limit)
 
 
-def run_seed(log, network, teacher, teacher_scores):
+def run_seed(settings, folder, prepared, students, teacher, teacher_scores):
     """Train one seed in its folder, from where it was left; returns what result.json holds.
 
-    network: the teacher, or None; teacher: the same, frozen.
+    students: as in Prepared; teacher: a frozen Network or None.
     """
-    settings, lead, students, loader = log.settings, log.lead, log.students, log.loader
+    log = make_log(settings, folder, prepared, students)
+    lead, students, loader = log.lead, log.students, prepared.loader
     if teacher is not None:
         taps = distill.teacher_taps(settings, teacher)
         teacher = distill.Teacher(compiled(teacher, lead, len(students)), settings.teacher, lead, taps)
-    checkpoints = checkpoint.Checkpoints(log.folder, settings, lead)
+    checkpoints = checkpoint.Checkpoints(folder, settings, lead)
     signals = launch.Signals(lead.num_processes)
     step = checkpoints.restore(students, log, loader)
     log.open_board(step)
-    lead.print(plan(log, network, step))
+    lead.print(plan(log, prepared.network, step))
     with signals:
         train(settings, loader, teacher, students, log, checkpoints, signals, step, log.stop)
         result = finish(log, log.stop, teacher_scores)
