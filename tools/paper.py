@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import json
 import shlex
 import statistics
@@ -37,59 +38,23 @@ TABLES = ("1a", "1b", *map(str, range(2, 11)), DETECTION)
 BACKBONES = {"prev. 77.1": "tv", "prev. 80.4": "rsb", "ours 83.1": "kd"}
 BACKBONES |= {"prev. 83.0": "fcmae", "prev. 83.9": "fcmae_in22k", "ours 85.0": "kd"}
 ACCURACIES = ("result", "reference", "not_reported")  # kinds of cells: the accuracy of one network
-LABEL_LOSSES = {"bce": "binary_cross_entropy", "ce": "cross_entropy"}  # the paper's names
+LABEL_LOSSES = {  # the paper's names
+    None: {},
+    "none": {"hard.weight": 0},
+    "ce": {"hard.loss": "cross_entropy"},
+    "bce": {"hard.loss": "binary_cross_entropy"},
+}
 TEST_SETS = {
     "imagenet-real": "real",
     "imagenet-v2": "v2",
-}  # evaluate.py's names; the trainer evaluates the others
+}  # evaluate.py's names
 # Keys of a recipe that two runs of one experiment may differ in: where the same images lie, ...
 ORIGIN = {"source", "train_split", "test_split", "image", "label", "streaming", "shuffle_buffer"}
 # ... and what does not change an accuracy (`resident`: other draws from the same distribution).
 HARMLESS = {"name", "paper", "max_broken", "grad_checkpointing", "resident"}
 # Values that runs had before a key was part of recipes, where the key has no default.
 BEFORE = {recipe.Data: {"repeats": 1, "random_erasing": 0.0}, recipe.Student: {"ema": None}}
-DOCS, BEGIN, END = ROOT / "docs" / "results.md", "<!-- results -->", "<!-- /results -->"
-HINTS = ("cc", "rkd", "crd", "reviewkd")
-TOUCHES = {  # {id of a disagreement: patterns of cells}; disagreements without an entry concern whole tables
-    "wd_a2": ["t2.a2.weight_decay", "t3.a2.*", "t4.300.*", "t5.*", "t8.res50.300", "t9.*.300"],
-    "hint_label_loss": ["t2.common.label_loss", *(f"t3.*.{hint}.*" for hint in HINTS)],
-    "alpha": ["t1b.*.kd.*"],
-    "label_reduction": ["t2.common.label_loss", "t4.*"],
-    "bkl": ["t4.*.bkl"],
-    "dkd_dist_weights": ["t1?.*.dkd.*", "t1?.*.dist.*"],
-    "hint_weights": [f"t3.*.{hint}.*" for hint in HINTS],
-    "crop_pct": ["t6.*deit-s*", "t7.vitt.*", "t8.vit*", "t8.cnv2t*", "t10.kd300", "t10.kd1200"],
-    "warmup_lr": ["t2.common.warmup_epochs"],
-    "randaug": ["t2.*.rand_augment"],
-    "teacher_norm": ["t6.*deit-s*", "t7.vitt.*", "t8.vit*"],
-    "vit_command": ["t6.*deit-s*", "t7.vitt.*", "t8.vit*", "t8.cnv2t*", "t10.kd300", "t10.kd1200"],
-    "hint_teacher": [f"t3.*.beitl.{hint}.*" for hint in HINTS],
-    "crd_command": ["t3.*.crd.*"],
-    "preact": ["t3.*.reviewkd.*"],
-    "model_names": ["t8.*.4800", "t8.cnv2t.1200"],
-    "mbnet": ["t1a.res50-mbnetv2.*"],
-    "dist_cifar_prev": ["t1b.*.dist.previous"],
-    "kd_in1k_prev": ["t1a.*.kd.previous", "t1a.*.delta.previous"],
-    "prev_epochs": ["t1a.*.previous", "t1a.*.scratch"],
-    "res20_scratch": ["t1b.res56-res20.scratch"],
-    "small_gap": ["t1b.*.delta.*"],
-    "beitb_acc": ["t7.teacher.beitb"],
-    "beit_chain": ["t7.teacher.*"],
-    "res50_scratch": ["t3.a2.scratch", "t6.cnxl-res50.scratch"],
-    "t3_t5": [*(f"t3.a2.beitl.{m}.300.1k" for m in ("kd", "dkd", "dist")), "t5.5e-3.*", "t9.beitl.*.300"],
-    "t5_all": ["t5.3e-3.0.03.*"],
-    "hint_inferior": [f"t3.a2.res152.{m}.300.{s}" for m in ("reviewkd", "cc", "dkd") for s in ("real", "v2")],
-    "hint_time": [f"t3.*.{hint}.*hours" for hint in HINTS],
-    "gpu_hours_teacher": ["t3.*.hours"],
-    "t8_a1_300": ["t8.*.300", "t9.beitb.*.300", "t10.kd300"],
-    "t8_students": ["t8.cnv2t.4800"],
-    "vit_deit": ["t6.*deit-s*", "t7.vitt.*", "t8.vit*"],
-    "vits_300": ["t6.*deit-s.*", "t8.vits.300"],
-    "t5_bold": ["t5.5e-3.0.03.kd", "t5.6e-3.0.02.kd"],
-    "t10_cost": ["t10.kd*.hours"],
-    "coco_configs": ["t11a.*.2x.box", "t11a.*.2x.mask", "t11[bc].*.1x.box", "t11[bc].*.1x.mask"],
-    "coco_prev": ["t11a.prev.*"],
-}
+DOCS = ROOT / "docs" / "results.md"
 
 
 class Training(typing.NamedTuple):
@@ -127,20 +92,29 @@ class Training(typing.NamedTuple):
             words += ["--out", self.folder]
         return shlex.join([*words, "--resume"])
 
+    @property
+    def settings(self):
+        """(recipe, student in it) as JSON, with the changes."""
+        if self.script == "detect.py":
+            tree = recipe.read_json(ROOT / "recipes" / f"{self.recipe_name}.json")
+        else:
+            tree = json.loads(recipe.dump(load(self.recipe_name, self.overrides)))
+        return tree, next(student for student in tree["students"] if student["name"] == self.student)
+
 
 class Numbers(typing.NamedTuple):
-    """What was measured for a cell: top-1 by seed, and the top-1 of the teachers."""
+    """What was measured for a cell: top-1 (or average precision) by seed, and the top-1 of the teachers."""
 
-    top1: dict
+    scores: dict
     teachers: list
 
     @property
     def mean(self):
-        return statistics.fmean(self.top1.values())
+        return statistics.fmean(self.scores.values())
 
     @property
     def spread(self):
-        return f"{statistics.stdev(self.top1.values()):.2f}" if len(self.top1) > 1 else ""
+        return f"{statistics.stdev(self.scores.values()):.2f}" if len(self.scores) > 1 else ""
 
 
 @functools.cache
@@ -185,7 +159,7 @@ def training(cell):
     if cell["kind"] not in ACCURACIES or not (ROOT / f"recipes/{cell.get('recipe')}.json").exists():
         return None
     settings, name = load(cell["recipe"]), cell.get("method", "scratch")
-    student = student_of(settings, name)
+    student = next(student for student in settings.students if student.name == name)
     present = {
         "epochs": settings.epochs,
         "lr": student.lr,
@@ -194,20 +168,12 @@ def training(cell):
         "hard.weight": student.hard.weight,
     }
     wanted = {k: v for k, v in cell["overrides"].items() if k not in ("method", "hard_label_loss")}
-    label_loss = cell["overrides"].get("hard_label_loss")
-    if label_loss == "none":
-        wanted["hard.weight"] = 0
-    elif label_loss:
-        wanted["hard.loss"] = LABEL_LOSSES[label_loss]
+    wanted |= LABEL_LOSSES[cell["overrides"].get("hard_label_loss")]
     changes = {}
     for key, value in wanted.items():
         if value != present[key]:
             changes[key if key == "epochs" else f"students.{name}.{key}"] = value
     return Training(cell["recipe"], name, changes, len(settings.students) == 1)
-
-
-def student_of(settings, name):
-    return next(student for student in settings.students if student.name == name)
 
 
 def command(cell):
@@ -218,27 +184,16 @@ def command(cell):
     if run:
         return run.command
     tag = cell.get("timm") or (cell["metric"] == "teacher_top1" and cell["teacher"])
-    if cell["table"] == DETECTION:
-        tag = backbone_of(cell)
+    if cell["table"] == DETECTION:  # the top-1 of a backbone, before the AP of its detector
+        name = cell["id"].removesuffix("in1k") + "box"
+        _, student = training(next(other for other in cells(DETECTION) if other["id"] == name)).settings
+        tag = student["model"] if student["weights"] == "timm" else student["weights"]
     return evaluation(tag, cell) if tag else ""
 
 
 def evaluation(checkpoint, cell):
     test_set = TEST_SETS.get(cell["dataset"], "imagenet")
     return f"python evaluate.py {checkpoint} --on {test_set}" + (" --v2 DIR" if test_set == "v2" else "")
-
-
-def detection_student(run):
-    """(recipe, student) of a run of detect.py as JSON."""
-    tree = recipe.read_json(ROOT / "recipes" / f"{run.recipe_name}.json")
-    return tree, next(student for student in tree["students"] if student["name"] == run.student)
-
-
-def backbone_of(cell):
-    """The checkpoint whose top-1 stands in Table 11 before the AP of its detector: a tag or a folder."""
-    name = cell["id"].removesuffix("in1k") + "box"
-    _, student = detection_student(training(next(other for other in cells(DETECTION) if other["id"] == name)))
-    return student["model"] if student["weights"] == "timm" else student["weights"]
 
 
 # ---------------------------------------------------------------- from a cell to our number
@@ -260,21 +215,39 @@ def records_of(tree):
     return runs if isinstance(runs, list) else [tree]  # in a recipe, "runs" is a number
 
 
+def trained(records):
+    """[(experiment, record, result)] of all students of records."""
+    return [
+        (experiment(record["recipe"], student), record, result)
+        for record in records
+        for student, result in zip(record["recipe"]["students"], record["students"], strict=True)
+    ]
+
+
 def experiment(tree, student):
     """All that decides a student's accuracy except the seed, from a recipe as JSON."""
     shared = {key: tree[key] for key in ("epochs", "batch_size", "batch_size_per_process", "schedule")}
+    if "detector" in tree:  # its backbone is the last names of a folder
+        weights = Path(student["weights"] or "").parts[-3:]
+        shared |= {"detector": tree["detector"], "data": significant(tree["data"])}
+        return shared | {"student": significant(student | {"weights": weights})}
     return shared | {
-        "data": settings_of(recipe.Data, tree["data"]),
-        "student": settings_of(recipe.Student, student),
+        "data": significant(defaults(recipe.Data) | tree["data"]),
+        "student": significant(defaults(recipe.Student) | student),
         "teacher": teacher_of(tree["teacher"]) if student["soft"] else None,
     }
 
 
-def settings_of(kind, tree):
-    """A section of a recipe without the keys that do not matter, with defaults for those it lacks."""
+@functools.cache
+def defaults(kind):
+    """The keys that a section of a recipe may lack."""
     fields = [field for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING]
-    defaults = {field.name: field.default for field in fields} | BEFORE[kind]
-    return {key: value for key, value in (defaults | tree).items() if key not in ORIGIN | HARMLESS}
+    return {field.name: field.default for field in fields} | BEFORE[kind]
+
+
+def significant(section):
+    """A section of a recipe as JSON, without the keys that do not matter."""
+    return {key: value for key, value in section.items() if key not in ORIGIN | HARMLESS}
 
 
 def teacher_of(teacher):
@@ -289,11 +262,12 @@ def reduction(done, wanted):
         return ""
     if done["epochs"] >= wanted["epochs"] or without_epochs(done) != without_epochs(wanted):
         return None
-    share = done["epochs"] / wanted["epochs"]
-    schedule, scaled = done["schedule"], [m * share for m in wanted["schedule"].get("milestones", ())]
-    close = [abs(a - b) <= 1 for a, b in zip(schedule.get("milestones", ()), scaled, strict=False)]
+    schedule, share = done["schedule"], done["epochs"] / wanted["epochs"]
+    milestones = schedule.get("milestones", ())
+    scaled = [milestone * share for milestone in wanted["schedule"].get("milestones", ())]
     reduced = f"{done['epochs']} of {wanted['epochs']} epochs"
-    if schedule["kind"] == wanted["schedule"]["kind"] and all(close) and len(close) == len(scaled):
+    alike = schedule["kind"] == wanted["schedule"]["kind"] and len(milestones) == len(scaled)
+    if alike and all(abs(a - b) <= 1 for a, b in zip(milestones, scaled, strict=True)):  # rounded somehow
         return reduced
     return f"{reduced}, {schedule['kind']} schedule"
 
@@ -301,109 +275,76 @@ def reduction(done, wanted):
 def without_epochs(experiment):
     """An experiment without the settings that scale with its epochs."""
     student = dict(experiment["student"])
-    if student["soft"]:
+    if student.get("soft"):
         student["soft"] = student["soft"] | {"warmup_epochs": None}
     return experiment | {"epochs": None, "schedule": None, "student": student}
 
 
-def detected(cell, records):
-    """{"": Numbers} of the detectors that were trained as the recipe of a cell of Table 11 says, or {}."""
-    run = training(cell)
-    found, wanted = {}, run and detection_experiment(*detection_student(run))
-    for record in records if run else ():
-        for student, result in zip(record["recipe"]["students"], record["students"], strict=True):
-            if "detector" in record["recipe"] and detection_experiment(record["recipe"], student) == wanted:
-                found.setdefault(record["seed"], result["last"][cell["metric"]])
-    return {"": Numbers(found, [])} if found else {}
-
-
-def detection_experiment(tree, student):
-    """All that decides a detector's precision except the seed; a backbone is the last names of its folder."""
-    shared = {
-        key: tree[key] for key in ("epochs", "batch_size", "batch_size_per_process", "schedule", "detector")
-    }
-    data = {key: value for key, value in tree["data"].items() if key not in ORIGIN}
-    student = {key: value for key, value in student.items() if key not in HARMLESS}
-    return shared | student | {"data": data, "weights": Path(student["weights"] or "").parts[-3:]}
-
-
-def measured(cell, records):
-    """{reduction: Numbers} of all records of a cell's experiment; a seed counts once."""
-    if cell["table"] == DETECTION:
-        return detected(cell, records)
+def measured(cell, students):
+    """{reduction: Numbers} of the students (see `trained`) of a cell's experiment; a seed counts once."""
     if cell["kind"] == "delta":
-        return gaps(cell, records)
-    run = training(cell)
+        return gaps(cell, students)
+    numbers, run = {}, training(cell)
     if run is None:
-        return {}
-    tree = json.loads(recipe.dump(load(run.recipe_name, run.overrides)))
-    wanted = experiment(tree, next(s for s in tree["students"] if s["name"] == run.student))
-    test_set, numbers = TEST_SETS.get(cell["dataset"]), {}
-    for record in records:
-        if "detector" in record["recipe"]:
+        return numbers
+    wanted = experiment(*run.settings)
+    for done, record, result in students:
+        reduced, score = reduction(done, wanted), score_of(cell, record, result)
+        if reduced is None or score is None:
             continue
-        for student, result in zip(record["recipe"]["students"], record["students"], strict=True):
-            reduced = reduction(experiment(record["recipe"], student), wanted)
-            top1 = top1_on(test_set, record, result)
-            if reduced is None or top1 is None:
-                continue
-            group = numbers.setdefault(reduced, Numbers({}, []))
-            if record["seed"] not in group.top1:
-                group.top1[record["seed"]] = top1
-                if student["soft"] and record.get("teacher"):
-                    group.teachers.append(record["teacher"]["top1"])
+        group = numbers.setdefault(reduced, Numbers({}, []))
+        if record["seed"] not in group.scores:
+            group.scores[record["seed"]] = score
+            if done.get("teacher") and record.get("teacher"):
+                group.teachers.append(record["teacher"]["top1"])
     return numbers
 
 
-def top1_on(test_set, record, result):
-    """Top-1 of a student: of training (None), or what evaluate.py gave, written down under "evaluations"."""
-    if test_set is None:
-        return result["last"]["top1"]
-    wanted = (result["name"], test_set)
+def score_of(cell, record, result):
+    """What a student reached in training, or by evaluate.py, which is written down under "evaluations"."""
+    if cell["dataset"] not in TEST_SETS:
+        return result["last"].get(cell["metric"] if cell["table"] == DETECTION else "top1")
+    wanted = result["name"], TEST_SETS[cell["dataset"]]
     evaluations = record.get("evaluations", [])
     return next((e["top1"] for e in evaluations if (e["student"], e["data"]) == wanted), None)
 
 
-def gaps(cell, records):
+def gaps(cell, students):
     """{reduction: kd minus the best other method, by their means}, where all methods were run."""
     row = {key: cell[key] for key in ("student", "teacher", "strategy")}
     methods = {}
     for other in cells(cell["table"]):
         if other.get("method", "scratch") != "scratch" and row.items() <= other.items():
-            methods[other["method"]] = measured(other, records)
-    kd = methods.pop("kd", {})
-    shared = [reduced for reduced in kd if all(reduced in numbers for numbers in methods.values())]
-    best = {reduced: max(numbers[reduced].mean for numbers in methods.values()) for reduced in shared}
+            methods[other["method"]] = measured(other, students)
+    kd, others = methods.pop("kd", {}), methods.values()
+    shared = [reduced for reduced in kd if all(reduced in numbers for numbers in others)]
+    best = {reduced: max(numbers[reduced].mean for numbers in others) for reduced in shared}
     return {reduced: Numbers({None: kd[reduced].mean - best[reduced]}, []) for reduced in shared}
 
 
 # ---------------------------------------------------------------- tables
 
 
-def row(cell, records):
-    """One line of a table, as text and numbers."""
-    run, numbers, shown = training(cell), measured(cell, records), cell
-    if run and cell["table"] == DETECTION:
-        tree, student = detection_student(run)
-        shown = cell | {key: student[key] for key in ("lr", "weight_decay")}
-        shown |= {"epochs": tree["epochs"], "method": run.student}
-    elif run:
-        settings = load(run.recipe_name, run.overrides)
-        student = student_of(settings, run.student)
-        shown = cell | {"epochs": settings.epochs, "lr": student.lr, "weight_decay": student.weight_decay}
+def row(cell, students):
+    """One line of a table, as text and numbers; students: see `trained`."""
+    run, numbers, shown = training(cell), measured(cell, students), cell
+    if run:
+        tree, student = run.settings
+        shown = cell | {"epochs": tree["epochs"]} | {key: student[key] for key in ("lr", "weight_decay")}
+        if "method" in cell:
+            shown["method"] = run.student
     keys = ("student", "teacher", "method", "epochs", "lr", "weight_decay")
     ours = numbers.pop("", None)
-    is_gap = cell.get("metric") == "kd_minus_best_other"
-    ours_or_not = f"{ours.mean:.2f}" if ours else "not run" if command(cell) or is_gap else ""
+    can_be_run = command(cell) or cell.get("metric") == "kd_minus_best_other"
     return {
         "cell": cell["id"],
         **{key: shown.get(key, "") for key in keys},
         "label loss": cell["overrides"].get("hard_label_loss", cell.get("hard_label_loss", "")),
         "measure": cell["dataset"] if cell["kind"] in ACCURACIES else cell["metric"],
         "paper": printed(cell),
-        "ours": ours_or_not,
+        "ours": f"{ours.mean:.2f}" if ours else "not run" if can_be_run else "",
         "±": ours.spread if ours else "",
-        "seeds": len(ours.top1) if ours and cell["kind"] != "delta" else "",
+        "seeds": len(ours.scores) if ours and cell["kind"] != "delta" else "",
         "difference": f"{ours.mean - cell['value']:+.2f}" if ours and "value" in cell else "",
         "our teacher": f"{statistics.fmean(ours.teachers):.2f}" if ours and ours.teachers else "",
         "reduced": "; ".join(describe(*item) for item in sorted(numbers.items())),
@@ -416,17 +357,15 @@ def printed(cell):
     """The paper's number."""
     if "elsewhere" in cell:
         return f"{cell['elsewhere']:.2f} on ImageNet"
-    value = cell.get("value", "-")
-    if not isinstance(value, float) or cell["kind"] == "setting":
-        return value
-    return f"{value:.0f}" if cell["kind"] == "hours" else f"{value:.2f}"
+    value, digits = cell.get("value", "-"), 0 if cell["kind"] == "hours" else 2
+    return f"{value:.{digits}f}" if isinstance(value, float) and cell["kind"] != "setting" else value
 
 
 def describe(reduced, numbers):
     """'31.67 (3 of 240 epochs, 1 seed, teacher 33.77)'."""
-    facts = [reduced]
-    if None not in numbers.top1:
-        facts.append(f"{len(numbers.top1)} seed{'s' * (len(numbers.top1) > 1)}")
+    facts, seeds = [reduced], len(numbers.scores)
+    if None not in numbers.scores:
+        facts.append(f"{seeds} seed{'s' * (seeds > 1)}")
     if numbers.teachers:
         facts.append(f"teacher {statistics.fmean(numbers.teachers):.2f}")
     return f"{numbers.mean:.2f}{numbers.spread and f' ± {numbers.spread}'} ({', '.join(facts)})"
@@ -438,24 +377,22 @@ def disputes(table):
 
 
 def touches(dispute, cell):
-    patterns = TOUCHES.get(dispute["id"], ())
-    return any(fnmatch.fnmatchcase(cell["id"], pattern) for pattern in patterns)
+    """Disputes without "cells", patterns of their names, concern whole tables."""
+    return any(fnmatch.fnmatchcase(cell["id"], pattern) for pattern in dispute.get("cells", ()))
 
 
 def markdown(rows):
     """Rows as a Markdown table without its empty columns."""
     columns = [name for name in rows[0] if any(r[name] != "" for r in rows)]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    for r in rows:
-        code = f"`{r['command']}`" if " --" in r["command"] else r["command"]
-        shown = r | {"command": code}
-        lines.append(f"| {' | '.join(str(shown[name]) for name in columns)} |")
+    lines += [f"| {' | '.join(str(r[name]) for name in columns)} |" for r in rows]
     return "\n".join(lines)
 
 
 def table_text(table, rows):
     """A table as Markdown, with its heading and with what to know about it."""
-    parts = [f"## Table {table}", markdown(rows)]
+    parts = [f"## Table {table}"]
+    parts.append(markdown([r | {"command": r["command"] and f"`{r['command']}`"} for r in rows]))
     if any("--students" in r["command"] for r in rows):
         sharing = "Students of one recipe with equal other overrides can share a run"
         parts.append(f"{sharing}: `--students A B C --out DIR`.")
@@ -470,11 +407,11 @@ def table_text(table, rows):
     return "\n\n".join(parts) + "\n"
 
 
-def docs_section(records):
+def docs_section(students):
     """Every table with a number of ours, without commands, and the names of the tables without one."""
     parts, empty = [], []
     for table in (*TABLES, STUDY):
-        rows = [row(cell, records) for cell in cells(table)]
+        rows = [row(cell, students) for cell in cells(table)]
         if any(r["reduced"] or r["ours"] not in ("", "not run") for r in rows):
             parts += [f"### Table {table}", markdown([r | {"command": ""} for r in rows])]
         else:
@@ -484,13 +421,14 @@ def docs_section(records):
     return "\n\n".join([*parts, "\n".join(lines)])
 
 
-def rewrite(path, section):
-    """Put a section between the two markers in a file; RecipeError where they are not in it."""
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise recipe.RecipeError(f"{path}: expected the lines '{BEGIN}' and '{END}' around the section")
-    path.write_text(f"{before}{BEGIN}\n\n{section}\n\n{END}{after}", encoding="utf-8")
+def rewrite(path, name, section):
+    """Put a section between the markers of a name in a file; RecipeError where they are not in it."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found_begin, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise recipe.RecipeError(f"{path}: expected the lines '{begin}' and '{end}' around the section")
+    path.write_text(f"{before}{begin}\n\n{section}\n\n{end}{after}", encoding="utf-8")
 
 
 def main(arguments=None):
@@ -509,19 +447,19 @@ def main(arguments=None):
     if (args.table is None) != args.docs:
         parser.error("expected a TABLE, or --docs")
     try:
-        records = list(read_records(args.results))
+        students = trained(read_records(args.results))
         if args.docs:
-            return rewrite(DOCS, docs_section(records))
+            return rewrite(DOCS, "results", docs_section(students))
     except recipe.RecipeError as error:
         parser.error(str(error))
     names = TABLES if args.table == "all" else [args.table]
-    tables = {name: [row(cell, records) for cell in cells(name)] for name in names}
+    tables = {name: [row(cell, students) for cell in cells(name)] for name in names}
     if not args.csv:
         return print("\n".join(table_text(name, rows) for name, rows in tables.items()))
-    writer = csv.DictWriter(sys.stdout, next(iter(tables.values()))[0], lineterminator="\n")
+    rows = list(itertools.chain.from_iterable(tables.values()))
+    writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
     writer.writeheader()
-    for rows in tables.values():
-        writer.writerows(rows)
+    writer.writerows(rows)
 
 
 if __name__ == "__main__":

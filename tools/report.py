@@ -229,9 +229,9 @@ def against_paper(records):
     """Every table of the paper for which there is a run, whole: what has not been run is marked."""
     columns = ["network", "method", "epochs", "paper", "ours", "±", "seeds", "difference", "our teacher"]
     columns += ["reduced", "measure", "label loss", "lr", "weight_decay", "disputed"]  # for phones, the last
-    parts = []
+    parts, students = [], paper.trained(records)
     for name in (*paper.TABLES, paper.STUDY):
-        rows = [paper.row(cell, records) for cell in paper.cells(name)]
+        rows = [paper.row(cell, students) for cell in paper.cells(name)]
         for row in rows:
             row["network"] = " → ".join(filter(None, (row["teacher"], row["student"])))
             if row["measure"] == "kd_minus_best_other":
