@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, needs_coco
+from conftest import ROOT, needs_cifar, needs_coco, needs_imagenet
 
 import losses
 
@@ -19,9 +19,10 @@ import harness
     [
         ["losses", "overhead", "folders"],
         pytest.param(["detection"], marks=[pytest.mark.slow, needs_coco]),
-        pytest.param(["input", "step", "startup"], marks=pytest.mark.slow),
+        pytest.param(["input"], marks=[pytest.mark.slow, needs_cifar, needs_imagenet]),
+        pytest.param(["step", "startup"], marks=pytest.mark.slow),
     ],
-    ids=["quick", "detection", "others"],
+    ids=["quick", "detection", "input", "others"],
 )
 def test_sections_write_their_json_and_become_the_table(sections, tmp_path):
     for section in sections:
@@ -38,7 +39,7 @@ def test_sections_write_their_json_and_become_the_table(sections, tmp_path):
 
     page = tmp_path / "speed.md"
     page.write_text("before\n<!-- bench -->\nan old table\n<!-- /bench -->\nafter\n")
-    bench.main(["table", str(tmp_path / "bench.json"), "--write", str(page)])
+    bench.main(["table", "--json", str(tmp_path / "bench.json"), "--write", str(page)])
     text = page.read_text()
     assert text.startswith("before\n<!-- bench -->") and text.endswith("<!-- /bench -->\nafter\n")
     assert "an old table" not in text
@@ -63,57 +64,52 @@ def rows(results, section):
     return [row for comparison in results[section]["comparisons"] for row in comparison["rows"]]
 
 
-def made_up(name, seconds):
-    """A result with one comparison, of one round: the first way takes a second."""
-    rounds = [{"first": measures(1.0), "second": measures(seconds)}]
-    comparison = {
-        "title": name,
-        "clock": "cpu",
-        "rows": [harness.row_of(way, rounds, "cpu") for way in rounds[0]],
-    }
-    for row in comparison["rows"]:
-        row["peak_mb"] = 3.0
+def test_the_table(tmp_path, capsys):
+    rounds = [{"first": (1.0, None), "second": (0.25, None)}]
+    rows = [harness.row_of(way, rounds) | {"peak_mb": 3.0} for way in rounds[0]]
     facts = {"command": "bench", "commit": "abc", "versions": {"torch": "2"}, "hardware": {"device": "a CPU"}}
-    return facts | {"threads": 1, "rounds": 1, "comparisons": [comparison]}
+    comparison = {"title": "loss", "clock": "cpu", "rows": rows}
+    result = facts | {"threads": 1, "rounds": 1, "comparisons": [comparison]}
+    (tmp_path / "a.json").write_text(json.dumps({"losses": result}))
+    bench.main(["table", "--json", str(tmp_path / "a.json")])
+    assert capsys.readouterr().out.splitlines() == [
+        "| what | way | time | ratio | difference | peak memory |",
+        "|---|---|---|---|---|---|",
+        "| loss (cpu time) | first | 1 s | 1.00 (1.00 to 1.00) | 0 us | 3 MB |",
+        "|  | second | 250 ms | 4.00 (4.00 to 4.00) | -750 ms | 3 MB |",
+        "",
+        "- losses: `bench`; a CPU, 1 threads, 1 rounds; torch 2; commit abc",
+    ]
 
 
-def measures(seconds, images=None):
-    return {"cpu": seconds, "wall": 9.0, "images": images}
-
-
-def test_a_later_file_replaces_the_sections_that_it_has(tmp_path):
-    files = tmp_path / "a.json", tmp_path / "b.json"
-    files[0].write_text(json.dumps({"step": made_up("slow", 4.0), "losses": made_up("loss", 0.5)}))
-    files[1].write_text(json.dumps({"step": made_up("fast", 0.25)}))
-    text = harness.table(files)
-    assert "slow" not in text
-    assert "|  | second | 250 ms |  | 4.00 (4.00 to 4.00) | -750 ms | 3 MB |" in text
-    assert "| loss (cpu time) | first | 1 s |  | 1.00 (1.00 to 1.00) | 0 us | 3 MB |" in text
-
-
-def test_a_page_without_the_markers_is_refused(tmp_path):
+def test_bad_input_is_refused(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("no table here")
-    with pytest.raises(SystemExit, match="expected the lines '<!-- bench -->' and '<!-- /bench -->'"):
-        harness.write_table(page, "a table")
+    for arguments, message in (
+        (["table", "--write", str(page)], "expected the lines '<!-- bench -->' and '<!-- /bench -->'"),
+        (["input", "--data", str(tmp_path)], "imagenet_sample: no such folder: name the one around"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            bench.main(arguments)
+        assert message in capsys.readouterr().err
     assert page.read_text() == "no table here"
 
 
 def test_a_ratio_is_the_median_of_the_ratios_within_a_round():
     rounds = [  # the machine is busy in the second round, for both ways
-        {"first": measures(1.0), "second": measures(0.5, 8)},
-        {"first": measures(8.0), "second": measures(4.0, 8)},
-        {"first": measures(1.0), "second": measures(4.0, 8)},
+        {"first": (1.0, None), "second": (0.5, 8)},
+        {"first": (8.0, None), "second": (4.0, 8)},
+        {"first": (1.0, None), "second": (4.0, 8)},
     ]
-    row = harness.row_of("second", rounds, "cpu")
+    row = harness.row_of("second", rounds)
     assert (row["seconds"], row["ratio"], row["ratio_range"]) == (4.0, 2.0, [0.25, 2.0])
     assert (row["images_per_second"], row["difference"]) == (2.0, -0.5)
-    assert harness.row_of("second", rounds, "wall")["seconds"] == 9.0
 
 
 def test_a_way_that_fails_is_named(tmp_path, capfd):
     def broken():
         raise ValueError("no such way")
+        yield
 
     args = bench.argparse.Namespace(threads=1, small=True, device="cpu", rounds=1)
     with pytest.raises(SystemExit, match="the process of 'a bad way' ended; its traceback is above"):

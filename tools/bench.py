@@ -8,7 +8,7 @@
     python tools/bench.py detection  # batches by aspect ratio; annotations in memory
     python tools/bench.py overhead   # what our loop adds to a plain one, with next to no arithmetic
         [--rounds 5] [--threads 1] [--device cuda] [--data DIR] [--json results/bench.json]
-    python tools/bench.py table [FILE.json ...] [--write docs/speed.md]    # what --json wrote, as Markdown
+    python tools/bench.py table [--json FILE] [--write docs/speed.md]    # what --json wrote, as Markdown
 
 Every way has a process of its own, and the ways take turns of about a second. Times are medians over the
 rounds; a ratio is the median of the ratios to the first way within a round, so that other work on the
@@ -20,7 +20,6 @@ process on a CPU, of PyTorch's allocator on a GPU. Not tested on a GPU: there wa
 import argparse
 import contextlib
 import dataclasses
-import functools
 import io
 import itertools
 import json
@@ -28,10 +27,10 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import timm.data
 import timm.task
@@ -46,7 +45,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness import Comparison, measure, table, write_table
+from harness import Comparison, measure, table
+from paper import rewrite
 
 import augment
 import coco
@@ -71,21 +71,22 @@ ROOT = Path(__file__).resolve().parent.parent
 def compare_input(args):
     yield compare_crops(args, "bicubic")
     yield compare_crops(args, "random")
-    settings, name = data_of(args, "prev_cifar_res20_res56", "cifar100", (32, 32), "PNG")
-    resident, batch = dataclasses.replace(settings, resident=True), 4 if args.small else 64
+    settings, batch = data_of(args, "prev_cifar_res20_res56", "cifar100"), 4 if args.small else 64
+    resident = dataclasses.replace(settings, resident=True)
     ways = {
         "PIL data set and DataLoader, normalised": lambda: pil_batches(settings, batch),
         "ours, memory-mapped PNG, uint8": lambda: our_batches(settings, batch),
         "ours, resident, uint8": lambda: our_batches(resident, batch),
         "ours, resident, normalised": lambda: normalised(our_batches(resident, batch)),
     }
-    yield compare_batches(args, f"32 pixels, batches of {batch}, {name}", ways, batch, 100)
+    yield compare_batches(args, f"32 pixels, batches of {batch}, cifar100", ways, batch, 100)
 
 
 def compare_crops(args, interpolation):
-    settings, name = data_of(args, "a2_res50_beitb", "imagenet_sample", (500, 375), "JPEG")
-    crop = dataclasses.replace(settings.crop, interpolation=interpolation)
-    exact, batch = dataclasses.replace(settings, crop=crop), 4 if args.small else 50
+    settings, batch = data_of(args, "a2_res50_beitb", "imagenet_sample"), 4 if args.small else 50
+    exact = dataclasses.replace(
+        settings, crop=dataclasses.replace(settings.crop, interpolation=interpolation)
+    )
     fast = dataclasses.replace(exact, pipeline="fast")
     ways = {
         "timm's create_loader": lambda: timm_batches(exact, batch),
@@ -93,64 +94,37 @@ def compare_crops(args, interpolation):
         "ours, pipeline fast": lambda: our_batches(fast, batch),
         "ours, pipeline fast, 3 repeats": lambda: our_batches(dataclasses.replace(fast, repeats=3), batch),
     }
-    title = f"224 pixels, {interpolation} kernel, {settings.rand_augment}, uint8, {name}"
+    title = f"224 pixels, {interpolation} kernel, {settings.rand_augment}, uint8, imagenet_sample"
     return compare_batches(args, title, ways, batch, 20)
 
 
 def compare_batches(args, title, ways, batch, count):
     """ways: {name: function that returns an iterator without end}; a call takes `count` batches of it."""
     count = 1 if args.small else count
-    ways = {name: functools.partial(take, make, count, batch) for name, make in ways.items()}
+
+    def take(make):
+        batches = make()
+        while True:
+            yield sum(batch for _ in itertools.islice(batches, count))
+
+    ways = {name: partial(take, make) for name, make in ways.items()}
     return Comparison(f"training crops, {title}", ways)
 
 
-def take(make, count, batch):
-    batches = make()
-
-    def call():
-        for _ in range(count):
-            next(batches)
-        return count * batch
-
-    return call
-
-
-def data_of(args, name, folder, size, codec):
-    """(recipe.Data of a recipe with the images of a folder of --data, else made-up ones; their name)."""
-    settings, source = recipe.load(ROOT / "recipes" / f"{name}.json").data, args.data / folder
-    if args.small or not source.is_dir():
-        source, folder = args.folder / folder, f"made-up {codec}"
-        if not source.exists():
-            make_images(source, settings, 16 if args.small else 256, size, codec)
+def data_of(args, name, folder):
+    """The recipe.Data of a recipe with the images of a folder of --data."""
+    source = args.data / folder
+    if not source.is_dir():
+        raise recipe.RecipeError(f"{source}: no such folder: name the one around {folder}/ with --data")
     changes = dict(source=str(source), train_size=None, streaming=False, shuffle_buffer=0, repeats=1)
-    return dataclasses.replace(settings, **changes), folder
-
-
-def make_images(folder, settings, count, size, codec):
-    """Write a training split of `count` images: coarse colours under noise."""
-    datasets.config.HF_DATASETS_CACHE = folder.parent / "cache"
-    generator, rows = np.random.default_rng(0), []
-    for i in range(count):
-        colours = Image.fromarray(generator.integers(256, size=(9, 12, 3), dtype=np.uint8)).resize(size)
-        noise = Image.effect_noise(size, 128).convert("RGB")
-        file = io.BytesIO()
-        Image.blend(colours, noise, 0.1).save(file, codec, quality=90)
-        rows.append({settings.image: {"bytes": file.getvalue(), "path": None}, settings.label: i % 10})
-    features = {settings.image: datasets.Image(), settings.label: datasets.Value("int64")}
-    split = datasets.Dataset.from_list(rows, features=datasets.Features(features))
-    folder.mkdir(parents=True)
-    split.to_parquet(folder / f"{settings.train_split}-00000-of-00001.parquet")
+    settings = recipe.load(ROOT / "recipes" / f"{name}.json").data
+    return dataclasses.replace(settings, **changes, fraction=0.02 if args.small else 1.0)
 
 
 def raw_images(settings):
     """The files of the training images of a recipe.Data, as bytes."""
     split = sources.open_split(settings, settings.train_split)
     return [sources.encoded(row, i, settings, split).content for i, row in enumerate(split.rows)]
-
-
-def endless(loader):
-    while True:
-        yield from loader
 
 
 def our_batches(settings, batch):
@@ -176,7 +150,8 @@ def timm_batches(settings, batch):
     views = dict(scale=crop.scale, ratio=crop.ratio, interpolation=crop.interpolation, hflip=settings.hflip)
     views |= dict(auto_augment=settings.rand_augment, color_jitter=None, is_training=True)
     here = dict(num_workers=0, device=torch.device("cpu"))
-    return endless(timm.data.create_loader(images, settings.size, batch, **views, **here).loader)
+    loader = timm.data.create_loader(images, settings.size, batch, **views, **here).loader
+    return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
 def pil_batches(settings, batch):
@@ -188,7 +163,8 @@ def pil_batches(settings, batch):
     def collate(images):
         return torch.stack([transform(Image.fromarray(image)) for image in images])
 
-    return endless(DataLoader(pixels, batch, shuffle=True, drop_last=True, collate_fn=collate))
+    loader = DataLoader(pixels, batch, shuffle=True, drop_last=True, collate_fn=collate)
+    return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
 # ---------------------------------------------------------------- a training step
@@ -200,22 +176,21 @@ def compare_step(args):
         cifar, imagenet = ("cifar_resnet8", "cifar_resnet8", 2, 32), ("resnet10t", "resnet10t", 2, 32)
     elif args.device != "cpu":
         imagenet = ("resnet34", "resnet18", 256, 224)
-    yield compare_loops(args, cifar, step_settings("prev_cifar_res20_res56", *cifar), "mdistiller's loop")
-    yield compare_loops(
-        args, imagenet, step_settings("strong_res18_res34", *imagenet), "vanillaKD's loop", "timm's task"
-    )
+    yield compare_loops(args, "prev_cifar_res20_res56", cifar, "mdistiller's loop")
+    yield compare_loops(args, "strong_res18_res34", imagenet, "vanillaKD's loop", "timm's task")
 
 
-def compare_loops(args, pair, settings, plain, timms=None):
-    ways = {plain: lambda: plain_loop(settings, args.device, reads=True)}
+def compare_loops(args, name, pair, plain, timms=None):
+    settings = step_settings(name, *pair)
+    ways = {plain: partial(plain_loop, settings, args.device, reads=True)}
     if timms:
-        ways[timms] = lambda: plain_loop(settings, args.device, timms_task=True)
-    ways["ours"] = lambda: our_loop(settings)
+        ways[timms] = partial(plain_loop, settings, args.device, timms_task=True)
+    ways["ours"] = partial(our_loop, settings)
     if not args.small:  # compiling takes a minute or two
         compiled = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR")
-        ways["ours, compiled"] = lambda: our_loop(settings, **compiled)
+        ways["ours, compiled"] = partial(our_loop, settings, **compiled)
         half = dict(compiled, ACCELERATE_MIXED_PRECISION="bf16")
-        ways["ours, compiled, bf16"] = lambda: our_loop(settings, **half)
+        ways["ours, compiled, bf16"] = partial(our_loop, settings, **half)
     return Comparison("a step, {} to {}, {} images of {} pixels".format(*pair), ways)
 
 
@@ -223,8 +198,8 @@ def compare_overhead(args):
     """A call is 100 steps, because a call of our loop sets up a progress bar."""
     settings = step_settings("prev_cifar_res20_res56", "bench_matrix", "bench_matrix", 64, 8)
     ways = {
-        "a plain loop": lambda: plain_loop(settings, args.device, steps=100),
-        "ours": lambda: our_loop(settings, steps=100),
+        "a plain loop": partial(plain_loop, settings, args.device, steps=100),
+        "ours": partial(our_loop, settings, steps=100),
     }
     yield Comparison("100 steps of a network with one matrix, 64 images of 8 pixels", ways)
 
@@ -269,15 +244,10 @@ def our_loop(settings, steps=1, **launched):
     log = Log(Path("bench"), settings, lead, students, loader, None, loader.steps_per_epoch)
     checkpoints = SimpleNamespace(save=lambda *_: None)
     parts = settings, loader, teacher, students, log, checkpoints, launch.Signals(1)
-    done = itertools.count(0, steps)
-
-    def call():
-        step = next(done)
+    for step in itertools.count(0, steps):
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             train.train(*parts, step, step + steps)
-        return steps * settings.batch_size
-
-    return call
+        yield steps * settings.batch_size
 
 
 def plain_loop(settings, device, steps=1, reads=False, timms_task=False):
@@ -294,40 +264,35 @@ def plain_loop(settings, device, steps=1, reads=False, timms_task=False):
     optimizer = create_optimizer_v2(network, **names, **student.optimizer_args)
     images, labels, _ = one_batch(settings, device)
     mean, std = (torch.full((1, 3, 1, 1), value, device=device) for value in (0.45, 0.25))
-    task = PlainTask(network, teacher)
+    task = partial(plain_task, network, teacher)
     if timms_task:
         task = timm.task.LogitDistillationTask(network, teacher, device=images.device, temperature=4.0)
 
-    def call():
+    def step():
+        inputs = ((images.float() / 255 - mean) / std).contiguous(memory_format=layout)
+        terms = task(inputs, labels)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        if reads:
+            top = terms["output"].topk(5)[1].eq(labels[:, None])
+            for value in (terms["loss"], top[:, :1].float().mean(), top.any(dim=1).float().mean()):
+                value.item()
+
+    while True:
         for _ in range(steps):
-            inputs = ((images.float() / 255 - mean) / std).contiguous(memory_format=layout)
-            terms = task(inputs, labels)
-            optimizer.zero_grad()
-            terms["loss"].backward()
-            optimizer.step()
-            if reads:
-                top = terms["output"].topk(5)[1].eq(labels[:, None])
-                for value in (terms["loss"], top[:, :1].float().mean(), top.any(dim=1).float().mean()):
-                    value.item()
-        return steps * settings.batch_size
-
-    return call
+            step()
+        yield steps * settings.batch_size
 
 
-class PlainTask(nn.Module):
-    """Cross-entropy and distillation as mdistiller and vanillaKD write them, called as timm's task is."""
-
-    def __init__(self, network, teacher):
-        super().__init__()
-        self.network, self.teacher = network, teacher
-
-    def forward(self, images, labels):
-        logits = self.network(images)
-        with torch.no_grad():
-            teacher_logits = self.teacher(images)
-        log_p, p = F.log_softmax(logits / 4, dim=1), F.softmax(teacher_logits / 4, dim=1)
-        kd = 16 * F.kl_div(log_p, p, reduction="batchmean")
-        return {"loss": 0.1 * F.cross_entropy(logits, labels) + 0.9 * kd, "output": logits}
+def plain_task(network, teacher, images, labels):
+    """Cross-entropy and distillation as mdistiller and vanillaKD write them; returns what timm's task does."""
+    logits = network(images)
+    with torch.no_grad():
+        teacher_logits = teacher(images)
+    log_p, p = F.log_softmax(logits / 4, dim=1), F.softmax(teacher_logits / 4, dim=1)
+    kd = 16 * F.kl_div(log_p, p, reduction="batchmean")
+    return {"loss": 0.1 * F.cross_entropy(logits, labels) + 0.9 * kd, "output": logits}
 
 
 # ---------------------------------------------------------------- losses
@@ -343,39 +308,33 @@ def compare_losses(args):
     def crd():
         return losses.CRD(shapes, shapes, torch.arange(images) % classes, negatives=negatives)
 
+    def compared(name, makes, batch, width, ids=None):
+        """Losses {name: function that makes it} on [batch, width]; on features with ids below `ids`."""
+        step = partial(loss_step, batch=batch, width=width, ids=ids, device=args.device)
+        ways = {way: partial(step, make) for way, make in makes.items()}
+        return Comparison(f"{name}, forward and backward, {batch} x {width}", ways, memory=True)
+
     rkds = {"its definition": lambda: defined_rkd, "ours": lambda: losses.RKD(shapes, shapes)}
+    yield compared("rkd", rkds, batch, width, ids=batch)
     crds = {"its definition": lambda: DefinedCRD(images, few, width, negatives), "ours": crd}
-    on_logits = {name: functools.partial(losses.LOSSES.get, name) for name in ("kd", "dkd", "dist", "bkl")}
-    yield compare_losses_on(args, "rkd", rkds, batch, width, batch)
-    title = f"crd, {images:,} images, {negatives:,} negatives"
-    yield compare_losses_on(args, title, crds, few, width, images)
-    yield compare_losses_on(args, "losses on logits", on_logits, batch, classes, classes)
-
-
-def compare_losses_on(args, name, makes, batch, width, ids):
-    """Losses {name: function that makes it}, on [batch, width] and ids below `ids`, forward and backward."""
-    ways = {
-        way: functools.partial(loss_step, make, batch, width, ids, args.device) for way, make in makes.items()
-    }
-    return Comparison(f"{name}, forward and backward, {batch} x {width}", ways, memory=True)
+    yield compared(f"crd, {images:,} images, {negatives:,} negatives", crds, few, width, ids=images)
+    on_logits = {name: partial(losses.LOSSES.get, name) for name in ("kd", "dkd", "dist", "bkl")}
+    yield compared("losses on logits", on_logits, batch, classes)
 
 
 def loss_step(make, batch, width, ids, device):
     loss = make()
     student, teacher = (3 * torch.randn(batch, width, device=device) for _ in range(2))
     student.requires_grad_()
-    index = torch.randint(ids, (batch,), device=device)
-    inputs = student, teacher, index
-    if loss not in losses.LOSSES.values():  # on features
-        inputs = [student], [teacher], None, index
+    inputs = student, teacher, torch.randint(ids or width, (batch,), device=device)
+    if ids:
+        inputs = [student], [teacher], None, inputs[-1]
     if isinstance(loss, nn.Module):
         loss.to(device)
-
-    def call():
+    while True:
         student.grad = None
         loss(*inputs).backward()
-
-    return call
+        yield
 
 
 def defined_rkd(student_features, teacher_features, target, index):
@@ -422,7 +381,13 @@ class DefinedCRD(nn.Module):
         return -(positive.log().sum() + negative.log().sum()) / len(v)
 
 
-# ---------------------------------------------------------------- start-up
+# ---------------------------------------------------------------- start-up, class folders, detection
+
+
+def repeated(function, *arguments, images=None, **options):
+    while True:
+        function(*arguments, **options)
+        yield images
 
 
 def compare_startup(args):
@@ -431,17 +396,9 @@ def compare_startup(args):
     commands += ["train.py recipes/quickstart.json --dry-run"]
     if args.small:
         commands = ["-c 'import json'", "-c 'import csv'"]
-    yield Comparison("start-up", {command: functools.partial(python, command) for command in commands})
-
-
-def python(command):
-    def call():
-        subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, check=True, capture_output=True)
-
-    return call
-
-
-# ---------------------------------------------------------------- class folders
+    run = partial(repeated, subprocess.run, cwd=ROOT, check=True, capture_output=True)
+    ways = {text: partial(run, [sys.executable, *shlex.split(text)]) for text in commands}
+    yield Comparison("start-up", ways)
 
 
 def compare_folders(args):
@@ -452,17 +409,12 @@ def compare_folders(args):
         file = root / "train" / f"{i % classes:04}" / f"{i}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-
-    def ours():
-        folders.open_splits.__wrapped__(root)  # not from its cache
-        return count
-
-    ways = {"torchvision's ImageFolder": lambda: lambda: len(ImageFolder(root / "train"))}
-    ways["ours"] = lambda: ours
+    uncached = folders.open_splits.__wrapped__
+    ways = {
+        "torchvision's ImageFolder": partial(repeated, ImageFolder, root / "train", images=count),
+        "ours": partial(repeated, uncached, root, images=count),
+    }
     yield Comparison(f"listing {count:,} files in {classes} class folders", ways)
-
-
-# ---------------------------------------------------------------- detection
 
 
 def compare_detection(args):
@@ -476,25 +428,31 @@ def compare_detection(args):
     def features(batches):
         for batch in batches:
             network(to_float(coco.padded([images[i] for i in batch])[0], args.device))
-        return sum(map(len, batches))
 
     order = np.random.default_rng(0).permutation(len(images)).tolist()
     orders = {"batches at random": [order[i : i + 4] for i in range(0, len(order) - 3, 4)]}
     orders["wide and tall images apart"] = coco.batches_of_epoch(split.is_wide, 4, seed=0, epoch=0)
-    ways = {name: lambda order=order: functools.partial(features, order) for name, order in orders.items()}
+    ways = {
+        name: partial(repeated, features, batches, images=sum(map(len, batches)))
+        for name, batches in orders.items()
+    }
     yield Comparison("a ResNet-18 on batches of 4 images of COCO", ways)
 
     copies = 1 if args.small else 400
+    count = len(split) * copies
 
     def as_objects():
-        return len([split.objects(i) for _ in range(copies) for i in range(len(split))])
+        return len([split.objects(i % len(split)) for i in range(count)])
 
     def as_bytes():
         kept = np.tile(split.bytes, copies)
-        return sum(bool(split.objects(i)) for _ in range(copies) for i in range(len(split))) * bool(len(kept))
+        for i in range(count):
+            split.objects(i % len(split))
+        return kept
 
-    ways = {"all kept as Python objects": lambda: as_objects, "kept as one array of bytes": lambda: as_bytes}
-    yield Comparison(f"reading the annotations of {len(split) * copies:,} images of COCO", ways, memory=True)
+    kinds = {"all kept as Python objects": as_objects, "kept as one array of bytes": as_bytes}
+    ways = {name: partial(repeated, function, images=count) for name, function in kinds.items()}
+    yield Comparison(f"reading the annotations of {count:,} images of COCO", ways, memory=True)
 
 
 # ---------------------------------------------------------------- command line
@@ -516,7 +474,6 @@ def main(arguments=None):
     )
     add = parser.add_argument
     add("section", choices=[*SECTIONS, "table"])
-    add("files", nargs="*", type=Path, metavar="FILE.json", help="of table (default: results/bench.json)")
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=1, help="of a process on a CPU")
     add("--device", default="cpu", help="cpu or cuda")
@@ -525,13 +482,17 @@ def main(arguments=None):
     add("--write", type=Path, metavar="FILE.md", help="of table: put it between the markers of this file")
     add("--small", action="store_true", help="tiny sizes and one call a turn: shows that a section works")
     args = parser.parse_args(arguments)
-    if args.section == "table":
-        text = table(args.files or [ROOT / "results" / "bench.json"])
-        return write_table(args.write, text) if args.write else print(text)
-    result = measure(SECTIONS[args.section], args)
-    if args.json:
-        known = json.loads(args.json.read_text()) if args.json.exists() else {}
-        args.json.write_text(json.dumps(known | {args.section: result}, indent=2) + "\n")
+    try:
+        if args.section != "table":
+            result = measure(SECTIONS[args.section], args)
+            if args.json:
+                known = json.loads(args.json.read_text()) if args.json.exists() else {}
+                args.json.write_text(json.dumps(known | {args.section: result}, indent=2) + "\n")
+            return
+        text = table(args.json or ROOT / "results" / "bench.json")
+        rewrite(args.write, "bench", text) if args.write else print(text)
+    except (recipe.RecipeError, sources.DataError) as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
