@@ -286,7 +286,7 @@ def plain_loop(settings, device, steps=1, reads=False, timms_task=False):
 
 
 def plain_task(network, teacher, images, labels):
-    """Cross-entropy and distillation as mdistiller and vanillaKD write them; returns what timm's task does."""
+    """Cross-entropy and distillation as mdistiller and vanillaKD write them, called as timm's task is."""
     logits = network(images)
     with torch.no_grad():
         teacher_logits = teacher(images)
