@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 matplotlib.rcParams |= {
     "svg.fonttype": "none",  # text stays text: smaller, and readable for search and screen readers
@@ -32,6 +32,7 @@ STYLES = {
     "crd": ("#56b4e9", ":"),
     "reviewkd": ("#b08900", "-."),
 }
+SCALE_TITLE = "Top-1 of DKD and DIST minus vanilla KD's, percentage points"
 FIGURE_1 = {
     "cifar-100": "CIFAR-100",
     "imagenet-1k-30pct": "IN-1K 30 %",
@@ -55,75 +56,41 @@ def printable(value, length):
 
 
 def chart(title, curves, x_label, size=(3.6, 2.3), teacher=None, bottom=None):
-    """Figure of curves {student: [a curve [(x, y)] of each seed]} from y = bottom, and of a teacher's value.
+    """Figure of curves {student: [a curve {x: y} of each seed]} from y = bottom, and of a teacher's value.
 
-    Several seeds are drawn as their mean with a band of one sample standard deviation, or each by itself
-    where their x differ. The axis is logarithmic where y spans decades.
+    Several seeds are drawn as their mean with a band of one sample standard deviation. The axis is
+    logarithmic where y spans decades.
     """
     figure = Figure(size, layout="constrained")
-    axes, ends = figure.subplots(), []
+    axes = figure.subplots()
     for i, (name, seeds) in enumerate(curves.items()):
         colour, dashes = STYLES.get(name, list(STYLES.values())[i % len(STYLES)])
-        xs = {tuple(x for x, _ in curve) for curve in seeds}
-        groups = [seeds] if len(xs) == 1 else [[curve] for curve in seeds]
-        for group in groups:
-            x, values = [x for x, _ in group[0]], np.array([[y for _, y in curve] for curve in group], float)
-            mean, marker = values.mean(0), "o" if len(x) < 5 else ""
-            axes.plot(x, mean, dashes, color=colour, marker=marker, markersize=4)
-            if len(group) > 1:
-                spread = values.std(0, ddof=1)
-                axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-        ends.append((mean[-1], name, colour))
+        frame = pd.DataFrame(seeds).sort_index(axis=1)
+        mean, spread = frame.mean(), frame.std()
+        marker = "o" if len(mean) < 5 else ""
+        label = printable(name, 24)
+        axes.plot(mean.index, mean, dashes, color=colour, marker=marker, markersize=4, label=label)
+        if len(seeds) > 1:
+            axes.fill_between(mean.index, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+    lowest, highest = axes.dataLim.intervaly
     if teacher is not None:
-        axes.axhline(teacher, color="#009e73", linestyle="-.", linewidth=1)
-        ends.append((teacher, "teacher", "#009e73"))
-    values = [y for seeds in curves.values() for curve in seeds for _, y in curve]
-    if min(values) > 0 and max(values) / min(values) > 50:
+        axes.axhline(teacher, color="#009e73", linestyle="-.", linewidth=1, label="teacher")
+    if 0 < 50 * lowest < highest:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     axes.margins(x=0.01)
     axes.set_ylim(bottom)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set(xlabel=x_label, ylabel=printable(title, 60))
-    label_ends(axes, ends)
+    figure.legend(loc="outside right center", frameon=False)
     return figure
-
-
-def dots(scores, label):
-    """Figure of scores [(name, [one of each seed])]: means with bars of one sample standard deviation."""
-    names, values = zip(*scores, strict=True)
-    frame, rows = pd.DataFrame(map(pd.Series, values)), range(len(names))
-    figure = Figure((3.6, 0.8 + 0.25 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    axes.errorbar(frame.mean(axis=1), rows, xerr=frame.std(axis=1), fmt="o", color="#0072b2", capsize=3)
-    axes.set_yticks(rows, [printable(name, 24) for name in names])
-    axes.invert_yaxis()
-    axes.set(xlabel=label, ylabel="network")
-    axes.grid(axis="x")
-    return figure
-
-
-def label_ends(axes, ends):
-    """Write names beside the right ends of lines [(y, name, colour)], moved apart where they overlap."""
-    axes.set_ylim(axes.get_ylim())  # later changes would separate the names from their lines
-    ends, to_axes = sorted(ends), axes.transData + axes.transAxes.inverted()
-    heights = [to_axes.transform((axes.get_xlim()[1], y))[1] for y, _, _ in ends]
-    gap = 12 / (72 * axes.figure.get_figheight())  # 12 points
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    heights[-1] = min(heights[-1], 1)
-    for i in reversed(range(len(heights) - 1)):
-        heights[i] = min(heights[i], heights[i + 1] - gap)
-    for height, (_, name, colour) in zip(heights, ends, strict=True):
-        axes.text(1.02, height, printable(name, 24), color=colour, va="center", transform=axes.transAxes)
 
 
 def heat_map(result):
     """Figure of a matrix of tools/cka.py, the first model's layers upwards, the second's to the right."""
     matrix = np.array(result["cka"], float)  # null is NaN: a layer with equal features for all images
-    tall = 2.6 * min(max(matrix.shape[0] / matrix.shape[1], 0.5), 1.4)
+    tall = 2.6 * np.clip(matrix.shape[0] / matrix.shape[1], 0.5, 1.4)
     figure = Figure((3.6, tall + 0.4), layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colormaps["magma"].with_extremes(bad="#888888")
@@ -137,10 +104,6 @@ def heat_map(result):
     return figure
 
 
-def map_title(result):
-    return "CKA of " + " and ".join(map(str, result["models"]))
-
-
 def scale_figure(points, paper):
     """Figure of the data-scale study on the left, and of the paper's Figure 1 on the right, on one scale.
 
@@ -149,27 +112,22 @@ def scale_figure(points, paper):
     figure = Figure((9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     frame = pd.DataFrame(points)
-    several, ends = frame["epochs"].nunique() > 1, []
     for i, (line, rows) in enumerate(frame.groupby(["augmentation", "epochs", "method"])):
         augmentation, epochs, method = line
         colour, is_weak = STYLES[method][0], augmentation == "weak"
         x = rows["fraction"] * 1.02 ** (i % 4 - 1.5)  # error bars beside each other
         dots = dict(marker="o", markerfacecolor="white" if is_weak else colour, capsize=3)
+        dots["label"] = printable(f"{method}, {augmentation}, {epochs}", 60)
         spread = rows["spread"].astype(float)  # NaN for one seed: no bar
         left.errorbar(x, rows["mean"], spread, color=colour, linestyle="--" if is_weak else "-", **dots)
-        name = f"{method}, {augmentation}"
-        if several:
-            name += f", {epochs.removeprefix('steps of ').split()[0]} ep."
-        ends.append((rows["mean"].iloc[-1], name, colour))
     shares = sorted(frame["fraction"].unique())
     left.set_xscale("log")
     left.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
     left.minorticks_off()
     left.set_xlabel("share of CIFAR-100's training images, ResNet-56 to ResNet-20")
-    bars = {(b["dataset"], b["method"]): b["mean"] for b in paper}
+    bars = pd.DataFrame(paper).pivot(index="dataset", columns="method", values="mean").loc[list(FIGURE_1)]
     for method, shift in (("dkd", -0.2), ("dist", 0.2)):
-        values = [bars[data, method] for data in FIGURE_1]
-        drawn = right.bar(np.arange(len(values)) + shift, values, 0.36, color=STYLES[method][0])
+        drawn = right.bar(np.arange(len(bars)) + shift, bars[method], 0.36, color=STYLES[method][0])
         right.bar_label(drawn, fmt="%g", padding=2)
     right.set_xticks(range(len(FIGURE_1)), FIGURE_1.values())
     right.set_xlabel("the paper's Figure 1")
@@ -178,13 +136,8 @@ def scale_figure(points, paper):
         axes.axhline(0, color="#666666", linewidth=1)
         axes.set_axisbelow(True)
         axes.margins(y=0.1)
-    label_ends(left, ends)
-    figure.suptitle(scale_title(points), x=0.01, ha="left", fontsize="x-large")
-    explained = "dashed, weak: crop and flip; strong: with RandAugment, mixup, cutmix"
+    left.legend()
+    figure.suptitle(SCALE_TITLE, x=0.01, ha="left", fontsize="x-large")
+    explained = "weak: crop and flip; strong: with RandAugment, mixup, cutmix"
     left.set_title(f"{explained}; error bars: standard deviation over seeds", loc="left", fontsize="medium")
     return figure
-
-
-def scale_title(points):
-    lines = "; ".join(sorted({point["epochs"] for point in points}))
-    return f"Top-1 of DKD and DIST minus vanilla KD's, percentage points ({lines})"

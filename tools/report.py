@@ -19,9 +19,7 @@ import argparse
 import base64
 import collections
 import html
-import itertools
 import json
-import re
 import statistics
 import sys
 import typing
@@ -51,7 +49,6 @@ CURVES = (  # part of a record, x, y, title of its chart. "loss" would compare s
 class Results(typing.NamedTuple):
     runs: list  # of (file, record as train.py wrote it)
     maps: list  # of (file, what tools/cka.py wrote)
-    notes: list  # of (file, its "note" about its runs)
 
     @property
     def complete(self):
@@ -64,11 +61,11 @@ class Results(typing.NamedTuple):
 
 def read(paths):
     """Results of files, and of folders: every result.json below, else their JSON files. Else RecipeError."""
-    results, seen, files = Results([], [], []), set(), []
+    results, seen, files = Results([], []), set(), []
     for path in map(Path, paths):
         below = sorted(path.rglob("result.json")) or sorted(path.glob("*.json"))
         files += below if path.is_dir() else [path]
-    for path in map(str, files):
+    for path in files:
         text = json.dumps(recipe.read_json(path, paper.MAX_BYTES), ensure_ascii=False)
         tree = json.loads(text.encode(errors="replace"))  # without halves of surrogate pairs
         try:
@@ -81,10 +78,8 @@ def read(paths):
                 for record in paper.records_of(tree):
                     key = json.dumps(check_run(record), sort_keys=True)
                     if key not in seen:  # the same run may lie in runs/ and in results/
-                        results.runs.append((path, record))
+                        results.runs.append((path, {"note": tree.get("note")} | record))
                     seen.add(key)
-                if "note" in keys:
-                    results.notes.append((path, tree["note"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise recipe.RecipeError(f"{path}: expected {WANTED}; {type(error).__name__}: {error}") from None
     if not results.runs and not results.maps:
@@ -123,12 +118,12 @@ def number(value):
 
 
 def curves_of(records, part, x, y):
-    """{student: [a curve [(x, y)] of each record]}; absent values (null) and absent curves are left out."""
+    """{student: [a curve {x: y} of each record]}; absent values (null) and absent curves are left out."""
     curves = collections.defaultdict(list)
     for record in records:
         for name, columns in (record.get(part) or {}).items():
             pairs = zip(columns[x], columns[y], strict=True) if y in columns else ()
-            if curve := [(number(a), number(b)) for a, b in pairs if b is not None]:
+            if curve := {number(a): number(b) for a, b in pairs if b is not None}:
                 curves[name].append(curve)
     return curves
 
@@ -136,47 +131,43 @@ def curves_of(records, part, x, y):
 # ---------------------------------------------------------------- the data-scale study
 
 
-def scale_points(records, along="epochs"):
+def scale_points(students, along="epochs"):
     """Lead of dkd and dist over kd, for each share of the images: mean and spread over the seeds of both.
 
     [{"augmentation", "epochs", "fraction", "method", "mean", "spread", "gaps": {seed: gap}, "teacher"}]
-    of complete runs. along "epochs" or "steps": what the runs of a line have in common.
+    of students (see paper.trained). along "epochs" or "steps": what the runs of a line have in common.
     """
     top1, teachers = collections.defaultdict(dict), collections.defaultdict(set)
-    for augmentation, record in itertools.product(("weak", "strong"), records):
+    for augmentation in ("weak", "strong"):
         study = json.loads(recipe.dump(paper.load(f"study_fraction_{augmentation}")))
         wanted = {s["name"]: paper.experiment(study, s) for s in study["students"] if s["soft"]}
-        fraction = record["recipe"]["data"].get("fraction", 1.0)
-        for student, result in zip(record["recipe"]["students"], record["students"], strict=True):
-            method = student["soft"] and student["soft"]["loss"]
+        for done, record, result in students:
+            method = done["student"].get("soft") and done["student"]["soft"]["loss"]
             if method not in wanted:
                 continue
-            done = paper.experiment(record["recipe"], student)
-            if along == "steps":
-                done = on_all_images(done, fraction)
-            data = wanted[method]["data"] | {"fraction": fraction}
-            reduced = paper.reduction(done, wanted[method] | {"data": data})
+            fraction = done["data"]["fraction"]
+            same_share = wanted[method] | {"data": wanted[method]["data"] | {"fraction": fraction}}
+            reduced = paper.reduction(on_all_images(done) if along == "steps" else done, same_share)
             if reduced is not None:
                 line = "steps of " * (along == "steps") + (reduced or f"{study['epochs']} epochs")
                 key = augmentation, line, fraction, method
                 top1[key].setdefault(record["seed"], result["last"]["top1"])
                 teachers[key].add(record["teacher"]["top1"])
     points = []
-    for key in sorted(top1):
-        *group, method = key
+    for (*group, method), scores in sorted(top1.items()):
         kd = top1.get((*group, "kd"), {})
-        gaps = {seed: round(value - kd[seed], 4) for seed, value in sorted(top1[key].items()) if seed in kd}
+        gaps = {seed: round(value - kd[seed], 4) for seed, value in sorted(scores.items()) if seed in kd}
         if gaps and method != "kd":
-            point = dict(zip(("augmentation", "epochs", "fraction", "method"), key, strict=True))
+            point = dict(zip(("augmentation", "epochs", "fraction"), group, strict=True), method=method)
             spread = statistics.stdev(gaps.values()) if len(gaps) > 1 else None
             point |= {"mean": statistics.fmean(gaps.values()), "spread": spread, "gaps": gaps}
-            points.append(point | {"teacher": sorted(teachers[key])})
+            points.append(point | {"teacher": sorted(teachers[*group, method])})
     return points
 
 
-def on_all_images(experiment, fraction):
+def on_all_images(experiment):
     """The experiment with the epochs, and milestones, in which all images make as many steps as its share."""
-    schedule = dict(experiment["schedule"])
+    schedule, fraction = dict(experiment["schedule"]), experiment["data"]["fraction"]
     if "milestones" in schedule:
         schedule["milestones"] = [round(m * fraction) for m in schedule["milestones"]]
     return experiment | {"epochs": round(experiment["epochs"] * fraction), "schedule": schedule}
@@ -195,7 +186,7 @@ NUMBER = r"[-+]?[\d.,]*(?: ± [\d.]+)?|not run"
 
 def table(rows, columns, caption):
     """Columns of dictionaries as an HTML table, without the empty ones; numbers are right-aligned."""
-    texts = [[str(row[column]) for column in columns] for row in rows]
+    texts = [[str(row.get(column, "")) for column in columns] for row in rows]
     frame = pd.DataFrame(texts, columns=columns).loc[:, lambda frame: (frame != "").any()]
     styles = {}
     for name, column in frame.items():
@@ -218,58 +209,42 @@ def escaped(value):
     return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
-def picture(figure, title, caption="", kind=""):
+def picture(figure, title, caption=""):
     """A figure in the page: as an image, so that not even a hostile SVG could run or load anything."""
     data = base64.b64encode(figures.svg(figure, title).encode()).decode()
     image = f'<img alt="{escaped(title)}" src="data:image/svg+xml;base64,{data}">'
-    return f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def against_paper(records):
+def against_paper(students):
     """Every table of the paper for which there is a run, whole: what has not been run is marked."""
     columns = ["network", "method", "epochs", "paper", "ours", "±", "seeds", "difference", "our teacher"]
-    columns += ["reduced", "measure", "label loss", "lr", "weight_decay", "disputed"]  # for phones, the last
-    parts, students = [], paper.trained(records)
+    columns += ["reduced", "measure", "label loss", "lr", "weight_decay"]  # for phones, the last
+    parts = []
     for name in (*paper.TABLES, paper.STUDY):
         rows = [paper.row(cell, students) for cell in paper.cells(name)]
+        if not any(row["seeds"] or row["reduced"] for row in rows):
+            continue
         for row in rows:
             row["network"] = " → ".join(filter(None, (row["teacher"], row["student"])))
             if row["measure"] == "kd_minus_best_other":
                 row |= {"method": "kd minus best other", "measure": ""}
-        if any(row["seeds"] or row["reduced"] for row in rows):
-            parts.append(table(rows, columns, f"Table {name} of the paper"))
-            if disputes := paper.disputes(name):
-                items = [f"<li>{escaped(d['topic'])}: {escaped(d['resolution'])}</li>" for d in disputes]
-                parts.append(f"<p>Disputed here, and what was chosen:</p><ul>{''.join(items)}</ul>")
+        parts.append(table(rows, columns, f"Table {name} of the paper"))
     if parts:
-        parts.append("<p>The commands of all cells: <code>python tools/paper.py all</code>.</p>")
+        what = "The commands of all cells, and what is disputed about them"
+        parts.append(f"<p>{what}: <code>python tools/paper.py all</code>.</p>")
     return "".join(parts)
-
-
-def data_scale(records):
-    """The figure for equal epochs and for equal steps, where a line has two shares of the images."""
-    pictures = []
-    for along in ("epochs", "steps"):
-        points = scale_points(records, along)
-        lines = collections.Counter((p["augmentation"], p["epochs"], p["method"]) for p in points)
-        points = [p for p in points if lines[p["augmentation"], p["epochs"], p["method"]] > 1]
-        if points:
-            caption = f"Runs of a line have the same number of {along}."
-            figure = figures.scale_figure(points, figure_1())
-            pictures.append(picture(figure, figures.scale_title(points), caption, kind="wide"))
-    return "".join(pictures)
 
 
 def similarity(maps):
     """The heat maps, with the mean over the first model's layers of their largest similarity."""
     pictures = []
     for file, result in maps:
-        rows = [[value for value in row if value is not None] for row in result["cka"]]
-        mean = statistics.fmean(max(row) for row in rows if row)
+        mean = pd.DataFrame(result["cka"], dtype=float).max(axis=1).mean()
         images, data = (escaped(result.get(key, "unknown")) for key in ("images", "data"))
         caption = f"{images} images of {data}; mean over the rows of their largest value: {mean:.2f}"
-        drawn = figures.heat_map(result), figures.map_title(result)
-        pictures.append(picture(*drawn, caption + made_by([(file, result)])))
+        title = "CKA of " + " and ".join(map(str, result["models"]))
+        pictures.append(picture(figures.heat_map(result), title, caption + made_by([(file, result)])))
     about = "Minibatch linear CKA between all layers, 0 to 1; grey: the features of all images are equal."
     return f'<p>{about}</p><div class="charts">{"".join(pictures)}</div>'
 
@@ -285,69 +260,65 @@ def experiments(runs):
 
 def accuracies(groups):
     """The table of all students with what they gained over labels alone, and of every teacher once."""
-    rows, shown = [], []
-    for file, record in itertools.chain.from_iterable(groups):
-        tree, teacher, run = record["recipe"], record.get("teacher"), heading_of(file, record)
-        pairs = list(zip(record["students"], tree["students"], strict=True))
-        alone = [result["last"]["top1"] for result, student in pairs if not student["soft"]]
-        for result, student in pairs:
-            row = {"student": result["name"], "model": student["model"], **result, **result["last"]}
+    rows, known = [], set()
+    for group in groups:
+        run, (_, first), records = heading_of(*group[0]), group[0], [record for _, record in group]
+        settings = first["recipe"]["students"]
+        top1 = pd.DataFrame([[result["last"]["top1"] for result in r["students"]] for r in records])
+        alone = next((i for i, student in enumerate(settings) if not student["soft"]), None)
+        for i, (result, student) in enumerate(zip(first["students"], settings, strict=True)):
+            row = {"run": run, "student": result["name"], "top-1, %": with_spread(top1[i])}
+            row |= {"model": student["model"], "parameters": result["parameters"], "n": result["last"]["n"]}
             row |= {"loss": student["soft"]["loss"] if student["soft"] else "labels alone"}
-            row["gain"] = row["top1"] - alone[0] if alone and student["soft"] else None
-            same = json.dumps(paper.experiment(tree, student), sort_keys=True)
-            rows.append(row | {"run": run, "seed": record["seed"], "experiment": same})
-        if teacher:
-            row = {"student": "(teacher)", "model": paper.teacher_of(tree["teacher"]), **teacher}
-            rows.append(row | {"run": run, "loss": "", "experiment": ""})
-    frame = pd.DataFrame(rows)
-    known = frame.duplicated(["model", "parameters", "n", "top1"]) & (frame["student"] == "(teacher)")
-    keys = ["run", "student", "loss", "n", "model", "parameters", "experiment"]
-    for key, group in frame[~known].groupby(keys, sort=False):
-        row = {"top-1, %": with_spread(group["top1"]), "gain": with_spread(group["gain"].dropna(), "+")}
-        row["seeds"] = group["seed"].nunique() or ""
-        shown.append(row | dict(zip(keys, key, strict=True)))
+            row["seeds"] = len({record["seed"] for record in records})
+            if student["soft"] and alone is not None:
+                row["gain"] = with_spread(top1[i] - top1[alone], "+")
+            rows.append(row)
+            known |= {(row["model"], row["parameters"], row["n"], value) for value in top1[i]}
+        for teacher in (record["teacher"] for record in records if record.get("teacher")):
+            row = {"run": run, "student": "(teacher)", "model": paper.teacher_of(first["recipe"]["teacher"])}
+            row |= {key: teacher[key] for key in ("parameters", "n")}
+            key = (row["model"], row["parameters"], row["n"], teacher["top1"])
+            if key not in known:
+                rows.append(row | {"top-1, %": f"{teacher['top1']:.2f}"})
+            known.add(key)
     columns = ["run", "student", "top-1, %", "gain", "seeds", "n", "loss", "model", "parameters"]
     caption = (
         "Last epoch: mean ± sample standard deviation over seeds; n test images. Gain: points above the "
     )
-    return table(shown, columns, caption + "student with labels alone, seed by seed.")
+    return table(rows, columns, caption + "student with labels alone, seed by seed.")
 
 
 def with_spread(values, sign=""):
-    """Mean and sample standard deviation as text; "" of nothing."""
+    """Mean and sample standard deviation of a Series as text."""
     spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.2f}{spread}" if len(values) else ""
+    return f"{values.mean():{sign}.2f}{spread}"
 
 
 def experiment(runs):
     """The part of the page for runs [(file, record)] of one recipe with different seeds."""
     head = f"<h3>{escaped(heading_of(*runs[0]))}</h3><p>{escaped(runs[0][1]['recipe'].get('about', ''))}</p>"
-    pictures = "".join(itertools.starmap(picture, charts([record for _, record in runs])))
+    pictures = "".join(picture(figure, title) for figure, title in charts([record for _, record in runs]))
     return f'{head}<div class="charts">{pictures}</div>{made_by(runs)}'
 
 
 def charts(records):
-    """(figure, title): curves with several points, losses of one kind in one chart; the last accuracies."""
-    settings, results = records[0]["recipe"]["students"], [record["students"] for record in records]
+    """(figure, title) of curves with several points; losses of one kind are in one chart."""
+    settings = {student["name"]: student for student in records[0]["recipe"]["students"]}
     teacher = records[0]["teacher"]["top1"] if records[0].get("teacher") else None
     for part, x, y, title in CURVES:
         kinds = collections.defaultdict(dict)
         for name, curves in curves_of(records, part, x, y).items():
-            loss = next((s[y]["loss"] for s in settings if s["name"] == name and s.get(y)), "")
+            term = settings.get(name, {}).get(y)
             if max(map(len, curves)) > 1:
-                kinds[f"{title}: {loss}" if loss else title][name] = curves
+                kinds[f"{title}: {term['loss']}" if term else title][name] = curves
         for kind, curves in kinds.items():
             yield figures.chart(kind, curves, x, teacher=teacher if y == "top1" else None), kind
-        if y == "top1" and not kinds and len(settings) > 1:
-            scores = [
-                (same[0]["name"], [r["last"]["top1"] for r in same]) for same in zip(*results, strict=True)
-            ]
-            yield figures.dots(scores + [("teacher", [teacher])] * (teacher is not None), title), title
 
 
 def made_by(runs):
     """What is needed to make the numbers of runs again, once; a list: commands are too long for a table."""
-    keys = ("command", "commit", "seed", "steps", "seconds", "precision", "hardware", "versions")
+    keys = ("note", "command", "commit", "seed", "steps", "seconds", "precision", "hardware", "versions")
     facts = {"file": [file for file, _ in runs]}
     facts |= {key: [record[key] for _, record in runs if record.get(key) is not None] for key in keys}
     texts = {key: "; ".join(dict.fromkeys(map(escaped, values))) for key, values in facts.items()}
@@ -356,18 +327,12 @@ def made_by(runs):
 
 
 def heading_of(file, record):
-    """Name and length of a run, and what makes it less than its recipe, whose name only the command tells."""
-    match = re.search(r"([\w.-]+)\.json", str(record.get("command")))
-    name, epochs = match[1] if match else Path(file).stem, record["recipe"]["epochs"]
-    whole = paper.load(name) if (ROOT / "recipes" / f"{name}.json").is_file() else None
-    trained = {student["name"] for student in record["recipe"]["students"]}
-    if whole and whole.teacher and not trained & {student.name for student in whole.students}:
-        name = Path(whole.teacher.recipe or name).stem  # the command trained it first
-        whole = paper.load(name)
-    share, longest = record["recipe"]["data"].get("fraction", 1.0), whole.epochs if whole else epochs
-    length = f"{epochs:g} of {longest:g} epochs" if epochs < longest else f"{epochs:g} epochs"
+    """Name of a run's folder, or of a file of several runs; length, and what makes it less than a run."""
+    name = file.absolute().parent.name if file.name == "result.json" else file.stem
+    length = f"{record['recipe']['epochs']:g} epochs"
     if record.get("limit") is not None:
         length = f"a trial of {record['limit']} steps, which says nothing about accuracy"
+    share = record["recipe"]["data"].get("fraction", 1.0)
     return f"{name}: {length}" + f", {100 * share:g} % of the images" * (share != 1)
 
 
@@ -390,13 +355,12 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:0 .8rem;font-size:.8re
 dt{color:#5b6470}dd{margin:0}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1.2rem}
 figure{margin:0;break-inside:avoid}figure img{display:block;width:100%;height:auto}
-.wide{overflow-x:auto}.wide img{min-width:44rem}
 @media (max-width:30rem){th,td{padding:.25rem}td:first-child{min-width:6.5rem}}
 @media print{
 @page{margin:14mm}
-body{font-size:10pt;max-width:none;padding:0}nav{display:none}.box,.wide{overflow:visible}
+body{font-size:10pt;max-width:none;padding:0}nav{display:none}.box{overflow:visible}
 table{font-size:7.5pt}th,td{min-width:0!important;padding:.15rem .3rem}td{overflow-wrap:anywhere}
-tr,dl{break-inside:avoid}dl{font-size:8pt}.wide img{min-width:0}
+tr,dl{break-inside:avoid}dl{font-size:8pt}
 h2,h3,.caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
 }
 """
@@ -404,14 +368,12 @@ h2,h3,.caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
 
 def page(results):
     """The whole report as HTML text."""
-    groups = experiments(results.runs)
-    notes = [f"<p>{escaped(file)}: {escaped(note)}</p>" for file, note in results.notes]
+    groups, students = experiments(results.runs), paper.trained(results.complete)
     sections = {
         "Accuracy": groups and accuracies(groups),
-        "Against the paper": against_paper(results.complete),
-        "Data scale": data_scale(results.complete),
+        "Against the paper": against_paper(students),
         "Similarity of layers": results.maps and similarity(results.maps),
-        "Training": "".join([*notes, *map(experiment, groups)]),
+        "Training": "".join(map(experiment, groups)),
     }
     links, body = [], []
     for i, (title, part) in enumerate(sections.items()):
@@ -429,9 +391,8 @@ def page(results):
 
 
 def count(results):
-    trials = len(results.runs) - len(results.complete)
-    numbers = [(len(results.complete), "finished run"), (trials, "trial"), (len(results.maps), "heat map")]
-    return ", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in numbers if n) + "."
+    runs, complete = len(results.runs), len(results.complete)
+    return f"Finished runs: {complete}; trials: {runs - complete}; heat maps: {len(results.maps)}."
 
 
 # ---------------------------------------------------------------- command line
@@ -445,30 +406,27 @@ def write_page(results, args):
 
 def write_scale(results, args):
     """The data-scale figure, and its points beside it as JSON."""
-    points = scale_points(results.complete, args.along)
+    points = scale_points(paper.trained(results.complete), args.along)
     if not points:
         raise recipe.RecipeError("no finished run of recipes/study_fraction_*.json with kd in it")
     figure = figures.scale_figure(points, figure_1())
-    args.out.write_text(figures.svg(figure, figures.scale_title(points)), encoding="utf-8")
+    args.out.write_text(figures.svg(figure, figures.SCALE_TITLE), encoding="utf-8")
     text = json.dumps({"points": points, "figure_1": figure_1()}, indent=2)
     args.out.with_suffix(".json").write_text(text + "\n")
-    for p in points:
-        line = f"{p['augmentation']} {p['epochs']} fraction {p['fraction']:g}: {p['method']} - kd = "
-        print(f"{line}{with_spread(pd.Series(p['gaps']), '+')}, seeds {len(p['gaps'])}")
 
 
 def write_curves(results, args):
     """Accuracies of students over the epochs with their teacher's, from the lowest of the second half up."""
     taught = [record for record in results.complete if record.get("teacher")]
     curves = curves_of(taught or results.complete, "accuracy", "epoch", "top1")  # not the teacher's own run
-    if not any(len(curve) > 1 for seeds in curves.values() for curve in seeds):
+    every = [list(curve.values()) for seeds in curves.values() for curve in seeds]
+    if max(map(len, every), default=0) < 2:
         raise recipe.RecipeError("no run has accuracies of several epochs: set evaluate_every of its recipe")
     teachers = {record["teacher"]["top1"] for record in taught}
     seeds = max(map(len, curves.values()))
     label = "epoch" + f" (mean and standard deviation of {seeds} seeds)" * (seeds > 1)
     teacher = teachers.pop() if len(teachers) == 1 else None
-    every = itertools.chain.from_iterable(curves.values())
-    lowest = min(top1 for curve in every for _, top1 in curve[len(curve) // 2 :])
+    lowest = min(min(curve[len(curve) // 2 :]) for curve in every)
     figure = figures.chart("top-1, %", curves, label, (7, 3.2), teacher, bottom=lowest - 1)
     args.out.write_text(figures.svg(figure, f"top-1, %, by {label}"), encoding="utf-8")
 
