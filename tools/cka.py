@@ -6,8 +6,7 @@
         --data DIR --out FILE
 
 Writes FILE.json and a heat map, FILE.svg. A model is a folder of an exported student, a run's folder with one
-student, a timm tag ("resnet50.a1_in1k": pretrained weights), a timm name (random weights: what the
-architecture alone gives) or NAME=FILE, a checkpoint of a timm model.
+student, a timm tag ("resnet50.a1_in1k": pretrained weights) or NAME=FILE, a checkpoint of a timm model.
 
 Nguyen et al. 2021, "Do wide and deep networks learn the same things?", equations 2 to 4: the unbiased HSIC of
 Song et al. 2012, summed over minibatches. A layer is the output of a module, in order of execution, one for
@@ -19,16 +18,15 @@ end of a stage counts three times.
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import shlex
 import sys
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -43,10 +41,11 @@ import finish  # noqa: E402
 import launch  # noqa: E402
 import models  # noqa: E402
 import recipe  # noqa: E402
+import rundir  # noqa: E402
 import sources  # noqa: E402
 
-SEED = 0  # of the images drawn from the test split, and of random weights
-WANTED = "an exported student, a run's folder, a timm name or tag, or NAME=FILE"
+SEED = 0  # of the images drawn from the test split
+WANTED = "an exported student, a run's folder, a timm tag, or NAME=FILE"
 NO_LAYERS = (nn.Identity, nn.Dropout, nn.Flatten)
 CONSTANT = 1e-6  # a layer that varies by less than this share of its size over the images is only rounding
 
@@ -78,26 +77,21 @@ def layers(network, images):
     of an image's features.
     """
     seen, last = [], (None, None)
+    counted = {module: name for name, module in network.named_modules() if not isinstance(module, NO_LAYERS)}
 
-    def see(name, module, inputs, output):
+    def see(module, inputs, output):
         nonlocal last
-        if not isinstance(output, torch.Tensor) or output.dim() < 2 or len(output) != len(images):
+        is_batch = isinstance(output, torch.Tensor) and output.dim() > 1 and len(output) == len(images)
+        if not counted.get(module) or not is_batch:
             return
         if output is last[0] and output._version == last[1]:  # unlike the output of an activation in place
             return
         last = output, output._version
         size = output.flatten(1).float().norm(dim=1).double().square().mean()
-        seen.append((name, centered_gram(output), size))
+        seen.append((counted[module], centered_gram(output), size))
 
-    hooks = []
-    for name, module in network.named_modules():
-        if name and not isinstance(module, NO_LAYERS):
-            hooks.append(module.register_forward_hook(functools.partial(see, name)))
-    try:
+    with register_module_forward_hook(see):
         network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     names, grams, sizes = zip(*seen, strict=True)
     numbered = []
     for i, name in enumerate(names):
@@ -113,7 +107,6 @@ def cka(network_a, network_b, batches):
     Memory: the Gram matrices of a batch and three sums, for any number of images. Raises ModelError for
     features that are not finite and for a batch of fewer than 4 images.
     """
-    modes = network_a.training, network_b.training
     network_a.eval(), network_b.eval()
     cross = hsic_a = hsic_b = size_a = size_b = 0
     for images in batches:
@@ -126,81 +119,55 @@ def cka(network_a, network_b, batches):
         hsic_a = hsic_a + a.square().sum((1, 2)) / pairs
         hsic_b = hsic_b + b.square().sum((1, 2)) / pairs
         size_a, size_b = size_a + norms_a**2, size_b + norms_b**2
-    network_a.train(modes[0])
-    network_b.train(modes[1])
-    check_finite(names_a, hsic_a)
-    check_finite(names_b, hsic_b)
+    for name, value in zip(names_a + names_b, torch.cat((hsic_a, hsic_b)).tolist(), strict=True):
+        if not math.isfinite(value):
+            raise models.ModelError(f"features that are not finite at {name}: the network has diverged")
     hsic_a = hsic_a.where(hsic_a > CONSTANT**4 * size_a, torch.nan)
     hsic_b = hsic_b.where(hsic_b > CONSTANT**4 * size_b, torch.nan)
     return names_a, names_b, cross / (hsic_a.sqrt()[:, None] * hsic_b.sqrt())
-
-
-def check_finite(names, hsic):
-    broken = [name for name, value in zip(names, hsic.tolist(), strict=True) if not math.isfinite(value)]
-    if broken:
-        where = ", ".join(broken[:5])
-        raise models.ModelError(f"features that are not finite at {where}: the network has diverged")
 
 
 # ---------------------------------------------------------------- models and images
 
 
 def load(model, section):
-    """(network, description) of a model as the command line names it, for images of `section`."""
-    if Path(model).is_dir():
-        return load_folder(Path(model), section.size)
+    """(network, description) of a model as the command line names it.
+
+    It resizes the images of `section` where it was trained on another size.
+    """
     name, _, file = model.partition("=")
-    if not timm.is_model(name):
-        raise models.ModelError(f"{model}: expected {WANTED}")
-    shape = dict(classes=section.classes, size=section.size)
     if file:
-        return models.build(name, checkpoint=file, **shape), model
-    if "." not in name:
-        torch.manual_seed(SEED)
-        return models.build(name, **shape), f"{name}, random weights"
-    config = models.pretrained_config(name)
-    shape["classes"] = config["num_classes"]  # the head is a layer, too, and need not know these classes
-    resize = config["input_size"][-1]
-    if resize == section.size:
-        resize = None
-    return models.build(name, pretrained=True, resize=resize, **shape), name
-
-
-def load_folder(folder, size):
-    """(network, description) of the only student in a folder; it resizes images of another size."""
-    students = evaluate.exported_students(folder)
-    if len(students) > 1:
-        names = ", ".join(map(str, students))
-        raise models.ModelError(f"{folder}: several students: name one of {names}")
-    network, config = models.load_exported(students[0])
-    if config["input_size"][-1] != size:
+        return models.build(name, checkpoint=file, classes=section.classes, size=section.size), model
+    if Path(model).is_dir():
+        first, *others = evaluate.exported_students(Path(model))
+        if others:
+            names = ", ".join(map(str, (first, *others)))
+            raise models.ModelError(f"{model}: several students: name one of {names}")
+        network, config = models.load_exported(first)
+        place = first.resolve()
+        run = place.parent.parent if place.parent.name == "students" else place.parent
+        description = f"{config['architecture']} ({run.name}/{place.name})"
+    else:
+        config, description = models.pretrained_config(model), model
+        shape = dict(classes=config["num_classes"], size=config["input_size"][-1])
+        network = models.build(model, pretrained=True, **shape)
+    if config["input_size"][-1] != section.size:
         network.size = config["input_size"][-1]
-    place = students[0].resolve()
-    run = place.parent.parent if place.parent.name == "students" else place.parent
-    return network, f"{config['architecture']} ({run.name}/{place.name})"
+    return network, description
 
 
 def section_of(args):
-    """Which images, and how they are prepared: as of --recipe, else of the run of model A, else --data."""
-    folder = Path(args.model_a) if Path(args.model_a).is_dir() else None
-    file = args.recipe and Path(args.recipe)
-    if folder and not file:
+    """Which images, and how they are prepared: as of --recipe, else of the run of model A."""
+    file, folder = args.recipe, Path(args.model_a)
+    if not file:
         beside = folder / "recipe.json", folder.parent.parent / "recipe.json"
         file = next((path for path in beside if path.is_file()), None)
-    if file:
-        section = recipe.load(file).data
-        source = args.data or section.source
-        return dataclasses.replace(section, streaming=False, shuffle_buffer=0, source=source)
-    if not args.data:
-        hint = "nothing says which images to use: name a --recipe, or --data"
+    if not file:
+        hint = "no recipe.json there says which images to use: name a --recipe"
         raise sources.DataError(f"{args.model_a}: {hint}")
-    if folder:
-        config = models.load_exported(evaluate.exported_students(folder)[0])[1]
-    else:
-        config = timm.get_pretrained_cfg(args.model_a.partition("=")[0]).to_dict()
-    prepared = {key: config[key] for key in ("crop_pct", "interpolation")}
-    prepared["size"] = config["input_size"][-1]
-    return evaluate.test_data(args.data, prepared)._replace(streaming=False)
+    section = recipe.load(file).data
+    source = args.data or section.source
+    return dataclasses.replace(section, streaming=False, shuffle_buffer=0, source=source)
 
 
 def image_loader(section, images, batch, workers):
@@ -224,11 +191,13 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, default_recipe = parser.add_argument, "of the run that trained MODEL_A"
+    add = parser.add_argument
     add("model_a", metavar="MODEL_A", help=WANTED)
     add("model_b", metavar="MODEL_B", help="the same")
-    add("--out", type=Path, required=True, metavar="FILE", help="writes FILE.json and FILE.svg")
-    add("--recipe", metavar="FILE", help=f"whose test images to use (default: {default_recipe})")
+    add("--out", required=True, metavar="FILE", help="writes FILE.json and FILE.svg")
+    add(
+        "--recipe", metavar="FILE", help="whose test images to use (default: of the run that trained MODEL_A)"
+    )
     add("--data", help="folder of the data set or its name on the hub (default: the recipe's)")
     add("--images", type=int, default=2048, help="drawn from the test split (default: 2048)")
     add("--batch", type=int, default=256, help="images a minibatch (default: 256)")
@@ -241,16 +210,11 @@ def main(arguments=None):
         parser.exit(2, f"error: {error}\n")
     result |= finish.environment(accelerator)
     result["command"] = shlex.join(["tools/cka.py", *(sys.argv[1:] if arguments is None else arguments)])
-    write(args.out, result)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    rundir.write_atomic(f"{args.out}.json", json.dumps(result) + "\n")
+    rundir.write_atomic(f"{args.out}.svg", figures.svg(figures.heat_map(result), figures.map_title(result)))
     shape = f"{len(result['cka'])} x {len(result['cka'][0])} layers"
     print(f"{args.out}.json, {args.out}.svg: {shape}, {result['images']} images")
-
-
-def write(out, result):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_name(out.name + ".json").write_text(as_json(result))
-    picture = figures.svg(figures.heat_map(result), figures.map_title(result))
-    out.with_name(out.name + ".svg").write_text(picture, encoding="utf-8")
 
 
 def compare(args, accelerator):
@@ -272,13 +236,6 @@ def compare(args, accelerator):
         "layers": [layers_a, layers_b],
         "cka": rows,
     }
-
-
-def as_json(result):
-    """JSON with a line for each key, and for each row of the matrix."""
-    rows = ",\n    ".join(json.dumps(row) for row in result["cka"])
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items() if key != "cka"]
-    return "{\n" + ",\n".join([*lines, f'  "cka": [\n    {rows}\n  ]']) + "\n}\n"
 
 
 if __name__ == "__main__":

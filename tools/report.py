@@ -243,8 +243,8 @@ def similarity(maps):
         mean = pd.DataFrame(result["cka"], dtype=float).max(axis=1).mean()
         images, data = (escaped(result.get(key, "unknown")) for key in ("images", "data"))
         caption = f"{images} images of {data}; mean over the rows of their largest value: {mean:.2f}"
-        title = "CKA of " + " and ".join(map(str, result["models"]))
-        pictures.append(picture(figures.heat_map(result), title, caption + made_by([(file, result)])))
+        drawn = figures.heat_map(result), figures.map_title(result)
+        pictures.append(picture(*drawn, caption + made_by([(file, result)])))
     about = "Minibatch linear CKA between all layers, 0 to 1; grey: the features of all images are equal."
     return f'<p>{about}</p><div class="charts">{"".join(pictures)}</div>'
 
