@@ -167,7 +167,7 @@ class Block(nn.Module):
 def test_a_layer_for_every_tensor_in_order_of_execution():
     net = nn.Sequential(nn.Linear(4, 6), nn.Sequential(Block(), nn.Identity()), nn.ReLU(inplace=True))
     names, grams, sizes = tool.layers(net.eval(), features(8, 4))
-    assert names == ["0", "1.0.act (1)", "1.0.fc", "1.0.act (2)", "1.0", "2"]
+    assert names == ["0", "1.0.act", "1.0.fc", "1.0.act", "1.0", "2"]
     assert grams.shape == (6, 8, 8) and sizes.shape == (6,)
     x = net[0](features(8, 4))
     torch.testing.assert_close(grams[0], tool.centered_gram(x))  # not what the ReLUs in place made of it
@@ -244,7 +244,7 @@ def test_the_ways_to_name_a_model(tmp_path):
     for name in (run, run / "students" / "kd", file):
         network, told = tool.load(str(name), section)
         assert torch.equal(network.eval()(images), wanted) and told.startswith("cifar_resnet8")
-    assert told == file and tool.load(str(run), section)[1].endswith("(run/kd)")
+    assert told == file and tool.load(str(run), section)[1].endswith("(run/students/kd)")
     export(tmp_path / "run", "dkd")
     several = r"several students: name one of .*students/dkd, .*students/kd"
     with pytest.raises(models.ModelError, match=several):
@@ -304,7 +304,10 @@ def test_the_command_writes_the_matrix_and_its_picture(tmp_path, capsys):
     options = ["--recipe", recipe, "--images", "64", "--batch", "32", "--workers", "0"]
     tool.main([*names, *options, "--out", str(out)])
     result = json.loads(out.with_suffix(".json").read_text())
-    assert result["models"] == ["cifar_resnet8 (teacher/scratch)", "cifar_resnet20 (run/kd)"]
+    assert result["models"] == [
+        "cifar_resnet8 (teacher/students/scratch)",
+        "cifar_resnet20 (run/students/kd)",
+    ]
     assert {"commit", "versions", "hardware", "precision"} <= set(result)
     assert (result["images"], result["batch"], result["split"]) == (64, 32, "test")
     assert result["command"].startswith("tools/cka.py ") and result["data"] == "digits"
@@ -312,7 +315,7 @@ def test_the_command_writes_the_matrix_and_its_picture(tmp_path, capsys):
     batches = (tool.evaluate.to_float(pixels, "cpu") for pixels, _, _ in loader)
     names_a, names_b, wanted = tool.cka(a, b, batches)
     assert result["layers"] == [names_a, names_b]
-    assert f"{len(names_a)} x {len(names_b)} layers, 64 images" in capsys.readouterr().out
+    assert f"{len(names_a)} x {len(names_b)} layers, 64 images; mean over the rows" in capsys.readouterr().out
     torch.testing.assert_close(torch.tensor(result["cka"], dtype=torch.float64), wanted, rtol=0, atol=1e-4)
     picture = ET.parse(out.with_suffix(".svg")).getroot()
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"

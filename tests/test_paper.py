@@ -2,10 +2,8 @@
 that is a run.
 """
 
-import csv
 import dataclasses
 import importlib.util
-import io
 import json
 import re
 import shlex
@@ -360,8 +358,10 @@ def show(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def table(capsys, *arguments):
-    return {row["cell"]: row for row in csv.DictReader(io.StringIO(show(capsys, *arguments, "--csv")))}
+def table(name, folder=ROOT / "results"):
+    students = paper.trained(paper.read_records(folder))
+    cells = paper.cells(None if name == "all" else name)
+    return {cell["id"]: {k: str(v) for k, v in paper.row(cell, students).items()} for cell in cells}
 
 
 def test_a_table(capsys):
@@ -378,8 +378,8 @@ def test_a_table(capsys):
     assert "| t2.a2.rand_augment | rand_augment | 7/0.5 |" in show(capsys, "2")
 
 
-def test_all_tables(capsys):
-    rows = table(capsys, "all")
+def test_all_tables():
+    rows = table("all")
     assert list(rows) == [cell["id"] for cell in PAPER["cells"] if cell["table"] not in ("fig1", "text")]
     assert rows["t8.vitt.300"]["paper"] == "-" and "--set epochs=300" in rows["t8.vitt.300"]["command"]
     without = {c["kind"] for c in PAPER["cells"] if c["id"] in rows and not rows[c["id"]]["command"]}
@@ -405,7 +405,7 @@ def record(stem, top1, seed=0, overrides=(), **more):
     return {"seed": seed, "limit": None, "recipe": settings, "students": students} | more
 
 
-def test_our_numbers_are_found_by_their_settings(tmp_path, capsys):
+def test_our_numbers_are_found_by_their_settings(tmp_path):
     stem = "prev_cifar_res20_res56"
     published = 'teacher={"model": "cifar_resnet56", "checkpoint": "resnet56_vanilla/ckpt_epoch_240.pth"}'
     old, elsewhere = record(stem, 71.0, 1), ["data.source=/data/cifar", "log_every=7", published]
@@ -422,7 +422,7 @@ def test_our_numbers_are_found_by_their_settings(tmp_path, capsys):
     (tmp_path / "cifar.json").write_text(
         json.dumps({"note": "two seeds of the cell, and four runs that are not", "runs": runs})
     )
-    rows = table(capsys, "1b", "--results", tmp_path)
+    rows = table("1b", tmp_path)
     kd = rows["t1b.res56-res20.kd.previous"]
     assert (kd["ours"], kd["±"], kd["seeds"], kd["difference"]) == ("70.50", "0.71", "2", "-0.16")
     assert (
@@ -431,11 +431,11 @@ def test_our_numbers_are_found_by_their_settings(tmp_path, capsys):
     assert rows["t1b.res56-res20.kd.stronger"]["ours"] == "not run"
 
 
-def test_our_numbers_on_other_test_sets(tmp_path, capsys):
+def test_our_numbers_on_other_test_sets(tmp_path):
     (tmp_path / "run").mkdir()
     run = record("a2_res50_res152", 80.0, evaluations=[{"student": "kd", "data": "real", "top1": 86.5}])
     (tmp_path / "run" / "result.json").write_text(json.dumps(run))
-    rows = table(capsys, "3", "--results", tmp_path)
+    rows = table("3", tmp_path)
     assert [rows[f"t3.a2.res152.kd.300.{on}"]["ours"] for on in ("1k", "real", "v2")] == [
         "80.00",
         "86.50",
@@ -450,8 +450,8 @@ def shortened(tmp_path):
     return tmp_path
 
 
-def test_a_shortened_run_is_no_result_of_the_paper(tmp_path, capsys):
-    rows = table(capsys, "1b", "--results", shortened(tmp_path))
+def test_a_shortened_run_is_no_result_of_the_paper(tmp_path):
+    rows = table("1b", shortened(tmp_path))
     kd, teacher = rows["t1b.res56-res20.kd.previous"], rows["t1b.res56-res20.teacher"]
     assert (kd["ours"], kd["difference"], kd["seeds"]) == ("not run", "", "")
     assert kd["reduced"] == "30.78 (2 of 240 epochs, cosine schedule, 1 seed, teacher 37.37)"
@@ -462,7 +462,7 @@ def test_a_shortened_run_is_no_result_of_the_paper(tmp_path, capsys):
     assert rows["t1b.res56-res20.delta.previous"]["reduced"] == "-4.53 (2 of 240 epochs, cosine schedule)"
 
 
-def test_records_from_before_a_key_and_with_what_changes_nothing(tmp_path, capsys):
+def test_records_from_before_a_key_and_with_what_changes_nothing(tmp_path):
     """Every key with a default may be missing; what cannot change accuracy may be anything; the rest may
     not.
     """
@@ -481,11 +481,11 @@ def test_records_from_before_a_key_and_with_what_changes_nothing(tmp_path, capsy
     for seed, change in enumerate(("data.fraction=0.5", "data.hflip=0.0", "students.kd.hard.weight=0.2"), 3):
         runs.append(record(stem, 1.0, seed, [change]))
     (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
-    row = table(capsys, "1b", "--results", tmp_path)[cell]
+    row = table("1b", tmp_path)[cell]
     assert (row["ours"], row["seeds"], row["reduced"]) == ("71.00", "3", "")
 
 
-def test_records_with_removed_options(tmp_path, capsys):
+def test_records_with_removed_options(tmp_path):
     """A run with the only value of a removed option that changed nothing counts; one with another does
     not.
     """
@@ -494,7 +494,7 @@ def test_records_with_removed_options(tmp_path, capsys):
     harmless["recipe"]["data"]["rand_augment_on"], harmless["recipe"]["teacher"]["memo"] = "cpu", None
     other["recipe"]["data"]["rand_augment_on"] = "device"
     (tmp_path / "runs.json").write_text(json.dumps({"runs": [harmless, other]}))
-    row = table(capsys, "1b", "--results", tmp_path)[cell]
+    row = table("1b", tmp_path)[cell]
     assert (row["ours"], row["seeds"]) == ("70.00", "1")
 
 
@@ -505,7 +505,7 @@ def test_a_file_that_is_no_json_is_an_error(tmp_path, capsys):
     assert caught.value.code == 2 and "broken.json: not a JSON file" in capsys.readouterr().err
 
 
-def test_reduced_runs_say_so(tmp_path, capsys):
+def test_reduced_runs_say_so(tmp_path):
     short = ["epochs=24", "schedule.milestones=[15,18,21]", "students.dkd.soft.warmup_epochs=2"]
     runs = [
         record("prev_cifar_res20_res56", top1, seed, short, teacher={"top1": 71.0})
@@ -515,7 +515,7 @@ def test_reduced_runs_say_so(tmp_path, capsys):
         record("study_fraction_weak", 70.0, 5, teacher={"top1": 72.0})
     )  # alone 70, kd 71, dkd 72, dist 73
     (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
-    rows = table(capsys, "1b", "--results", tmp_path)
+    rows = table("1b", tmp_path)
     kd, delta = rows["t1b.res56-res20.kd.previous"], rows["t1b.res56-res20.delta.previous"]
     assert kd["reduced"] == "60.50 ± 0.71 (24 of 240 epochs, 2 seeds, teacher 71.00)"
     assert (kd["ours"], kd["our teacher"], kd["seeds"], kd["difference"]) == ("71.00", "72.00", "1", "+0.34")
@@ -533,7 +533,7 @@ def test_disagreements_stand_beside_the_cells_they_touch(capsys):
         for pattern in dispute.get("cells", ()):
             touched = {c["table"] for c in PAPER["cells"] if paper.fnmatch.fnmatchcase(c["id"], pattern)}
             assert touched and touched <= {*dispute["tables"]}, (dispute["id"], pattern)
-    rows = table(capsys, "4")
+    rows = table("4")
     assert (
         rows["t4.300.ce.bkl"]["disputed"] == "wd_a2 label_reduction bkl"
         and rows["t4.600.bce.kl"]["disputed"] == "label_reduction"
@@ -543,10 +543,10 @@ def test_disagreements_stand_beside_the_cells_they_touch(capsys):
     )
 
 
-def test_table_4_at_the_scale_of_cifar(tmp_path, capsys):
+def test_table_4_at_the_scale_of_cifar(tmp_path):
     run = record("study_ablation_cifar", 60.0, teacher={"top1": 72.0})
     (tmp_path / "r.json").write_text(json.dumps(run))
-    rows = table(capsys, "4c", "--results", tmp_path)
+    rows = table("4c", tmp_path)
     assert [(r["label loss"], r["ours"], r["paper"]) for r in rows.values()][4:] == [
         ("bce", "64.00", "79.36 on ImageNet"),
         ("none", "65.00", "80.82 on ImageNet"),
@@ -585,7 +585,7 @@ def test_the_docs_have_the_markers():
 def test_table_11(tmp_path, capsys, monkeypatch):
     """54 cells, each with its command; through detect.py's parser it gives the recipe of the cell."""
     monkeypatch.chdir(ROOT)
-    rows, parsed = table(capsys, "11"), []
+    rows, parsed = table("11"), []
     assert len(rows) == 54 and all(row["command"] for row in rows.values())
     monkeypatch.setattr(detect, "run", lambda *arguments: parsed.append(arguments))
     for name, row in rows.items():
@@ -608,13 +608,13 @@ def test_table_11(tmp_path, capsys, monkeypatch):
         "runs/a1_res50_beitb.kd.epochs-4800/students/kd"
     )  # what the command of Table 8 leaves
     folder = rows["t11a.ours.83.1.1x.in1k"]["command"].split()[2].removesuffix("/students/kd")
-    assert f"--out {folder} " in table(capsys, "8")["t8.res50.4800"]["command"]
+    assert f"--out {folder} " in table("8")["t8.res50.4800"]["command"]
     assert rows["t11a.prev.77.1.2x.box"]["disputed"] == "coco_configs coco_prev"
     text = show(capsys, "11")
     assert "- coco_configs (COCO schedules)" in text and "- coco_prev (Table 11a 'prev.' rows)" in text
 
 
-def test_our_detectors_are_found_by_their_settings(tmp_path, capsys):
+def test_our_detectors_are_found_by_their_settings(tmp_path):
     tree = json.loads((ROOT / "recipes" / "coco_maskrcnn_res50_1x.json").read_text())
     names = [student["name"] for student in tree["students"]]
 
@@ -624,11 +624,11 @@ def test_our_detectors_are_found_by_their_settings(tmp_path, capsys):
 
     runs = [run(0, 38.0), run(1, 40.0, log_every=3, about="again"), run(2, 1.0, epochs=1)]
     (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
-    rows = table(capsys, "11", "--results", tmp_path)
+    rows = table("11", tmp_path)
     box, mask = rows["t11a.prev.80.4.1x.box"], rows["t11a.prev.80.4.1x.mask"]
     assert (box["ours"], box["seeds"], box["difference"]) == ("40.00", "2", "+1.30")
     assert mask["ours"] == "38.00" and rows["t11a.prev.80.4.2x.box"]["ours"] == "not run"
-    assert table(capsys, "1b", "--results", tmp_path)["t1b.res56-res20.kd.previous"]["ours"] == "not run"
+    assert table("1b", tmp_path)["t1b.res56-res20.kd.previous"]["ours"] == "not run"
 
 
 # ---------------------------------------------------------------- the recipes of the studies

@@ -1,6 +1,4 @@
-"""tools/report.py: one page of runs and heat maps that needs no network and trusts no file, and its
-pictures.
-"""
+"""tools/report.py: one page of runs that needs no network and trusts no file, and its pictures."""
 
 import base64
 import html.parser
@@ -98,12 +96,12 @@ def test_a_page_has_tables_curves_figures_and_what_made_them(report, tmp_path, c
     runs = [a_run("study_fraction_weak", seed, (60 + seed, 70, 71, 72)) for seed in (0, 1)]
     runs.append(a_run("study_fraction_weak", 0, (50, 60, 63, 64), "data.fraction=0.25"))
     short = a_run("study_fraction_weak", 0, (1, 2, 3, 4), "epochs=2", "schedule.milestones=[1]")
-    files = dict(runs={"runs": runs, "note": "on <two> cores"}, short=short, again=runs[0], map=a_map())
+    files = dict(runs={"runs": runs, "note": "on <two> cores"}, short=short, again=runs[0])
     bench = {"losses, kd": {"rows": [{"name": "ours", "ms": 1.5}], "commit": "abc"}}  # passed over
     source = written(report, tmp_path, **files, bench=bench, paper={"cells": []})
     page = Page(source)
     text = " ".join(page.text)
-    assert "Finished runs: 4; trials: 0; heat maps: 1." in text and "on <two> cores" in text
+    assert "Finished runs: 4; trials: 0." in text and "on <two> cores" in text
     assert "Finished runs: 4;" in capsys.readouterr().out
     header, *rows = cells(source)
     assert header == ["run", "student", "top-1, %", "gain", "seeds", "n", "loss", "model", "parameters"]
@@ -113,12 +111,12 @@ def test_a_page_has_tables_curves_figures_and_what_made_them(report, tmp_path, c
     (teacher,) = [row for row in rows if row[1] == "(teacher)"]
     assert teacher == [run, "(teacher)", "72.00", "", "", "899", "", "cifar_resnet56", "78042"]
     assert {row[0] for row in rows} == {run, f"{run}, 25 % of the images", "short: 2 epochs"}
-    assert "Table 1b of the paper" in text and "kd minus best other" in text and "70.66" in text
+    assert "Table 1b of the paper" in text and "kd_minus_best_other" in text and "70.66" in text
     assert page.text.count("0; 1") == 1 and page.text.count("seed") == 3  # once a run, for both seeds
     assert "train.py recipes/study_fraction_weak.json" in text and "cpus 2" in text and "python 3" in text
     assert not {"nan", "None", "1.0", "2.0"} & set(page.text)  # an absent value is empty, a count is whole
     loss = "label loss: cross_entropy"
-    assert len(page.images[loss]) == 3 and "CKA of <b>first</b> and second" in page.images
+    assert len(page.images[loss]) == 3
     assert {"alone", "kd", "dkd", "dist", "step", loss} <= set(texts(page.images[loss][0]))
     assert not any("distillation loss" in title for title in page.images)  # they have one point
 
@@ -165,8 +163,7 @@ def test_a_page_needs_nothing_else_and_runs_nothing(report, tmp_path):
         student["name"] = own["name"] = own["model"] = evil
     run["curves"] = {evil: {"step": [1, 2], "hard": [1, 2]}}
     run |= dict(seconds=evil, steps=evil, precision=evil)
-    heat = a_map(models=[evil, evil], data=evil, images=evil, command=evil, layers=[[evil] * 2, [evil] * 3])
-    source = written(report, tmp_path, run={"runs": [run], "note": evil}, map=heat)
+    source = written(report, tmp_path, run={"runs": [run], "note": evil})
     page = Page(source)
     assert "alert(1)" in " ".join(page.text) and "://" not in source
     for tag, attributes in page.tags:
@@ -175,33 +172,26 @@ def test_a_page_needs_nothing_else_and_runs_nothing(report, tmp_path):
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in page.tags
     images = [image for group in page.images.values() for image in group]
-    assert len(images) == 2 and all("<script>alert(1)</scrip…" in texts(image) for image in images[1:])
+    assert len(images) == 1 and "<script>alert(1)</scrip…" in texts(images[0])
     for node in (node for image in images for node in image.iter()):
         assert node.tag != f"{SVG}script"
 
 
 def test_every_file_of_results_is_read(report):
     """Also records from before a key existed, benchmarks, and what removed tools wrote."""
-    results = report.read([ROOT / "results"])
-    assert len(results.runs) >= 15 and len(results.maps) >= 2
-    assert len(results.complete) == len(results.runs)
-    options = [record["recipe"]["data"].keys() & {"rand_augment_on"} for _, record in results.runs]
+    runs = report.read([ROOT / "results"])
+    assert len(runs) >= 15 and len(report.finished(runs)) == len(runs)
+    options = [record["recipe"]["data"].keys() & {"rand_augment_on"} for _, record in runs]
     assert not any(options)  # removed options are dropped
 
 
 @pytest.mark.parametrize(
     ("tree", "said"),
     [
-        (
-            [],
-            "expected a run's result (students, recipe), several under 'runs', or a heat map of tools/cka.py",
-        ),
+        ([], "expected a run's result (students, recipe), or several under 'runs', found none"),
         ({"cells": []}, "found none"),
         ({"epochs": 3}, "found none"),
         ({"recipe": {"detector": {}}, "students": []}, "found none"),  # of detect.py
-        (a_map(layers=[["a"], ["c", "d", "e"]]), "a row of cka for each layer"),
-        (a_map(cka=[[1, 0.5, None], [0, 0.25, "1"]]), 'expected a number, found "1"'),
-        (a_map(cka=3), "TypeError"),
         (
             {"students": [{"name": "kd"}], "recipe": {"students": []}},
             "Error: ",

@@ -24,6 +24,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -73,8 +74,8 @@ def layers(network, images):
     """(names of the layers in order of execution, centred Gram matrices [layers, B, B], sizes [layers]).
 
     Gram matrices are taken while the network runs, so that feature maps are freed as always and none is read
-    after a ReLU in place has changed it. A module that runs again gets a number; sizes are mean squared norms
-    of an image's features.
+    after a ReLU in place has changed it. A module that runs again is there again; sizes are mean squared
+    norms of an image's features.
     """
     seen, last = [], (None, None)
     counted = {module: name for name, module in network.named_modules() if not isinstance(module, NO_LAYERS)}
@@ -93,11 +94,7 @@ def layers(network, images):
     with register_module_forward_hook(see):
         network(images)
     names, grams, sizes = zip(*seen, strict=True)
-    numbered = []
-    for i, name in enumerate(names):
-        number = f" ({names[:i].count(name) + 1})" if names.count(name) > 1 else ""
-        numbered.append(name.removeprefix("model.") + number)
-    return numbered, torch.stack(grams), torch.stack(sizes)
+    return [name.removeprefix("model.") for name in names], torch.stack(grams), torch.stack(sizes)
 
 
 def cka(network_a, network_b, batches):
@@ -135,18 +132,16 @@ def load(model, section):
 
     It resizes the images of `section` where it was trained on another size.
     """
-    name, _, file = model.partition("=")
-    if file:
-        return models.build(name, checkpoint=file, classes=section.classes, size=section.size), model
     if Path(model).is_dir():
         first, *others = evaluate.exported_students(Path(model))
         if others:
             names = ", ".join(map(str, (first, *others)))
             raise models.ModelError(f"{model}: several students: name one of {names}")
         network, config = models.load_exported(first)
-        place = first.resolve()
-        run = place.parent.parent if place.parent.name == "students" else place.parent
-        description = f"{config['architecture']} ({run.name}/{place.name})"
+        description = f"{config['architecture']} ({'/'.join(first.resolve().parts[-3:])})"
+    elif "=" in model:
+        name, file = model.split("=", 1)
+        return models.build(name, checkpoint=file, classes=section.classes, size=section.size), model
     else:
         config, description = models.pretrained_config(model), model
         shape = dict(classes=config["num_classes"], size=config["input_size"][-1])
@@ -212,9 +207,12 @@ def main(arguments=None):
     result["command"] = shlex.join(["tools/cka.py", *(sys.argv[1:] if arguments is None else arguments)])
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     rundir.write_atomic(f"{args.out}.json", json.dumps(result) + "\n")
-    rundir.write_atomic(f"{args.out}.svg", figures.svg(figures.heat_map(result), figures.map_title(result)))
-    shape = f"{len(result['cka'])} x {len(result['cka'][0])} layers"
-    print(f"{args.out}.json, {args.out}.svg: {shape}, {result['images']} images")
+    title = "CKA of " + " and ".join(result["models"])
+    rundir.write_atomic(f"{args.out}.svg", figures.svg(figures.heat_map(result), title))
+    frame = pd.DataFrame(result["cka"], dtype=float)
+    shape = f"{frame.shape[0]} x {frame.shape[1]} layers, {result['images']} images"
+    mean = f"mean over the rows of their largest similarity: {frame.max(axis=1).mean():.2f}"
+    print(f"{args.out}.json, {args.out}.svg: {shape}; {mean}")
 
 
 def compare(args, accelerator):

@@ -104,10 +104,6 @@ def heat_map(result):
     return figure
 
 
-def map_title(result):
-    return "CKA of " + " and ".join(map(str, result["models"]))
-
-
 def scale_figure(points, paper):
     """Figure of the data-scale study on the left, and of the paper's Figure 1 on the right, on one scale.
 

@@ -1,7 +1,6 @@
 """The paper's tables: the number of every cell, ours beside it, and the command that makes it.
 
     python tools/paper.py 3             # Table 3 as Markdown; 1a, 1b, 2 to 11, or all
-    python tools/paper.py all --csv     # for a spreadsheet
     python tools/paper.py 4c            # Table 4 at the scale of CIFAR-100: study_ablation_cifar.json
     python tools/paper.py --docs        # the tables with our numbers, between two markers in docs/results.md
 
@@ -13,11 +12,9 @@ paper. "disputed" names the disagreements between the paper, its code and its so
 """
 
 import argparse
-import csv
 import dataclasses
 import fnmatch
 import functools
-import itertools
 import json
 import shlex
 import statistics
@@ -390,12 +387,9 @@ def markdown(rows):
 
 
 def table_text(table, rows):
-    """A table as Markdown, with its heading and with what to know about it."""
+    """A table as Markdown, with its heading and its disputes."""
     parts = [f"## Table {table}"]
     parts.append(markdown([r | {"command": r["command"] and f"`{r['command']}`"} for r in rows]))
-    if any("--students" in r["command"] for r in rows):
-        sharing = "Students of one recipe with equal other overrides can share a run"
-        parts.append(f"{sharing}: `--students A B C --out DIR`.")
     if disputed := disputes(table):
         scope = "the column names those of a cell; the others touch the whole table"
         parts.append(f"Disputed here, and what was chosen ({scope}):")
@@ -438,7 +432,6 @@ def main(arguments=None):
     add, known = parser.add_argument, (*TABLES, STUDY, "all")
     add("table", metavar="TABLE", nargs="?", choices=known, help=", ".join(known))
     add("--docs", action="store_true", help="write what was run into docs/results.md instead")
-    add("--csv", action="store_true", help="print CSV instead of Markdown")
     records = "folder of our records (default: results/)"
     add("--results", type=Path, default=ROOT / "results", metavar="DIR", help=records)
     args = parser.parse_args(arguments)
@@ -452,14 +445,8 @@ def main(arguments=None):
             return rewrite(DOCS, "results", docs_section(students))
     except recipe.RecipeError as error:
         parser.error(str(error))
-    names = TABLES if args.table == "all" else [args.table]
-    tables = {name: [row(cell, students) for cell in cells(name)] for name in names}
-    if not args.csv:
-        return print("\n".join(table_text(name, rows) for name, rows in tables.items()))
-    rows = list(itertools.chain.from_iterable(tables.values()))
-    writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    for name in TABLES if args.table == "all" else [args.table]:
+        print(table_text(name, [row(cell, students) for cell in cells(name)]))
 
 
 if __name__ == "__main__":

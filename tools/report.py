@@ -1,12 +1,12 @@
-"""Finished runs and heat maps as one HTML page, and as pictures.
+"""Finished runs as one HTML page, and as pictures.
 
     python tools/report.py runs/ --out report.html      # every result below; for screens, phones and paper
     python tools/report.py scale --along steps          # results/scale.svg and results/scale.json
     python tools/report.py curves results/quickstart.json --out docs/quickstart.svg
 
-Reads results of train.py (a run's result.json, or several under "runs") and of tools/cka.py, and passes over
-other files, such as benchmarks and detectors. The paper's numbers stand beside ours without being named.
-Accuracies are those of the last epoch: mean and sample standard deviation over seeds.
+Reads results of train.py (a run's result.json, or several under "runs"), and passes over other files, such as
+benchmarks and detectors. The paper's numbers stand beside ours without being named. Accuracies are those of
+the last epoch: mean and sample standard deviation over seeds.
 
 `scale` is the paper's Figure 1 on shares of CIFAR-100: how far vanilla KD is behind DKD and DIST. It reads
 runs of recipes/study_fraction_*.json with any data.fraction. A line has runs of equal epochs, as in the
@@ -22,7 +22,6 @@ import html
 import json
 import statistics
 import sys
-import typing
 from pathlib import Path
 
 import pandas as pd
@@ -37,7 +36,7 @@ import paper  # noqa: E402
 import recipe  # noqa: E402
 import rundir  # noqa: E402
 
-WANTED = "a run's result (students, recipe), several under 'runs', or a heat map of tools/cka.py"
+WANTED = "a run's result (students, recipe), or several under 'runs'"
 CURVES = (  # part of a record, x, y, title of its chart. "loss" would compare sums of different losses.
     ("accuracy", "epoch", "top1", "top-1, %"),
     ("curves", "step", "hard", "label loss"),
@@ -46,22 +45,15 @@ CURVES = (  # part of a record, x, y, title of its chart. "loss" would compare s
 )
 
 
-class Results(typing.NamedTuple):
-    runs: list  # of (file, record as train.py wrote it)
-    maps: list  # of (file, what tools/cka.py wrote)
-
-    @property
-    def complete(self):
-        """The records of runs that were no trials."""
-        return [record for _, record in self.runs if record.get("limit") is None]
-
-
 # ---------------------------------------------------------------- reading
 
 
 def read(paths):
-    """Results of files, and of folders: every result.json below, else their JSON files. Else RecipeError."""
-    results, seen, files = Results([], []), set(), []
+    """[(file, record)] of files, and of folders: every result.json below, else their JSON files.
+
+    Raises RecipeError for a result that is not as train.py wrote it, and where there is none.
+    """
+    runs, seen, files = [], set(), []
     for path in map(Path, paths):
         below = sorted(path.rglob("result.json")) or sorted(path.glob("*.json"))
         files += below if path.is_dir() else [path]
@@ -70,21 +62,25 @@ def read(paths):
         tree = json.loads(text.encode(errors="replace"))  # without halves of surrogate pairs
         try:
             keys = set(tree) if isinstance(tree, dict) else set()
-            if "cka" in keys:
-                results.maps.append((path, check_map(tree)))
-            elif "recipe" in keys and "detector" in tree["recipe"]:
-                continue  # of detect.py: tools/paper.py 11 has its numbers
-            elif {"students", "recipe"} <= keys or isinstance(keys and tree.get("runs"), list):
-                for record in paper.records_of(tree):
-                    key = json.dumps(check_run(record), sort_keys=True)
-                    if key not in seen:  # the same run may lie in runs/ and in results/
-                        results.runs.append((path, {"note": tree.get("note")} | record))
-                    seen.add(key)
+            if not ({"students", "recipe"} <= keys or isinstance(keys and tree.get("runs"), list)):
+                continue
+            if "detector" in tree.get("recipe", ()):  # tools/paper.py 11 has its numbers
+                continue
+            for record in paper.records_of(tree):
+                key = json.dumps(check_run(record), sort_keys=True)
+                if key not in seen:  # the same run may lie in runs/ and in results/
+                    runs.append((path, {"note": tree.get("note")} | record))
+                seen.add(key)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise recipe.RecipeError(f"{path}: expected {WANTED}; {type(error).__name__}: {error}") from None
-    if not results.runs and not results.maps:
+    if not runs:
         raise recipe.RecipeError(f"{', '.join(map(str, paths))}: expected {WANTED}, found none")
-    return results
+    return runs
+
+
+def finished(runs):
+    """The records of runs that were no trials."""
+    return [record for _, record in runs if record.get("limit") is None]
 
 
 def check_run(record):
@@ -100,15 +96,6 @@ def check_run(record):
     for part, x, y, _ in CURVES:
         curves_of([record], part, x, y)
     return record
-
-
-def check_map(tree):
-    """The heat map, if its layers and its numbers are those of two models."""
-    rows, columns = map(len, tree["layers"])
-    known = [number(value) for row in tree["cka"] for value in row if value is not None]
-    if len(tree["models"]) != 2 or [len(row) for row in tree["cka"]] != [columns] * rows or not known:
-        raise ValueError("expected the layers of two models, and a row of cka for each layer of the first")
-    return tree
 
 
 def number(value):
@@ -209,44 +196,25 @@ def escaped(value):
     return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
-def picture(figure, title, caption=""):
+def picture(figure, title):
     """A figure in the page: as an image, so that not even a hostile SVG could run or load anything."""
     data = base64.b64encode(figures.svg(figure, title).encode()).decode()
-    image = f'<img alt="{escaped(title)}" src="data:image/svg+xml;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    return f'<img alt="{escaped(title)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def against_paper(students):
     """Every table of the paper for which there is a run, whole: what has not been run is marked."""
-    columns = ["network", "method", "epochs", "paper", "ours", "±", "seeds", "difference", "our teacher"]
-    columns += ["reduced", "measure", "label loss", "lr", "weight_decay"]  # for phones, the last
+    columns = ["student", "teacher", "method", "epochs", "paper", "ours", "±", "seeds", "difference"]
+    columns += ["our teacher", "reduced", "measure", "label loss", "lr", "weight_decay"]
     parts = []
     for name in (*paper.TABLES, paper.STUDY):
         rows = [paper.row(cell, students) for cell in paper.cells(name)]
-        if not any(row["seeds"] or row["reduced"] for row in rows):
-            continue
-        for row in rows:
-            row["network"] = " → ".join(filter(None, (row["teacher"], row["student"])))
-            if row["measure"] == "kd_minus_best_other":
-                row |= {"method": "kd minus best other", "measure": ""}
-        parts.append(table(rows, columns, f"Table {name} of the paper"))
+        if any(row["seeds"] or row["reduced"] for row in rows):
+            parts.append(table(rows, columns, f"Table {name} of the paper"))
     if parts:
         what = "The commands of all cells, and what is disputed about them"
         parts.append(f"<p>{what}: <code>python tools/paper.py all</code>.</p>")
     return "".join(parts)
-
-
-def similarity(maps):
-    """The heat maps, with the mean over the first model's layers of their largest similarity."""
-    pictures = []
-    for file, result in maps:
-        mean = pd.DataFrame(result["cka"], dtype=float).max(axis=1).mean()
-        images, data = (escaped(result.get(key, "unknown")) for key in ("images", "data"))
-        caption = f"{images} images of {data}; mean over the rows of their largest value: {mean:.2f}"
-        drawn = figures.heat_map(result), figures.map_title(result)
-        pictures.append(picture(*drawn, caption + made_by([(file, result)])))
-    about = "Minibatch linear CKA between all layers, 0 to 1; grey: the features of all images are equal."
-    return f'<p>{about}</p><div class="charts">{"".join(pictures)}</div>'
 
 
 def experiments(runs):
@@ -343,36 +311,30 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:76rem;color:#1c2128;font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin:2.2rem 0 .5rem;border-bottom:1px solid #d5d9df}
-h3{margin:1.6rem 0 .3rem}h1,h2,h3,p,li,dd,figcaption{overflow-wrap:anywhere}
-p,ul{max-width:46rem;margin:.5rem 0}ul{padding-left:1.2rem}
-nav a{margin-right:1rem;display:inline-block;padding:.2rem 0}
-figcaption,.caption{color:#5b6470;font-size:.85rem;text-align:left}
-.box{overflow-x:auto;margin:.3rem 0 1rem}
+h3{margin:1.6rem 0 .3rem}h1,h2,h3,p,dd{overflow-wrap:anywhere}p{max-width:46rem;margin:.5rem 0}
+nav a{margin-right:1rem}.caption,dt{color:#5b6470}.box{overflow-x:auto;margin:.3rem 0 1rem}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid #d5d9df;max-width:28rem}
 td:first-child{overflow-wrap:anywhere;min-width:8.5rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:0 .8rem;font-size:.8rem;max-width:60rem}
-dt{color:#5b6470}dd{margin:0}
+dd{margin:0}img{display:block;width:100%;height:auto}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1.2rem}
-figure{margin:0;break-inside:avoid}figure img{display:block;width:100%;height:auto}
 @media (max-width:30rem){th,td{padding:.25rem}td:first-child{min-width:6.5rem}}
 @media print{
 @page{margin:14mm}
 body{font-size:10pt;max-width:none;padding:0}nav{display:none}.box{overflow:visible}
 table{font-size:7.5pt}th,td{min-width:0!important;padding:.15rem .3rem}td{overflow-wrap:anywhere}
-tr,dl{break-inside:avoid}dl{font-size:8pt}
-h2,h3,.caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
+tr,dl,img{break-inside:avoid}h2,h3,.caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
 }
 """
 
 
-def page(results):
+def page(runs):
     """The whole report as HTML text."""
-    groups, students = experiments(results.runs), paper.trained(results.complete)
+    groups = experiments(runs)
     sections = {
-        "Accuracy": groups and accuracies(groups),
-        "Against the paper": against_paper(students),
-        "Similarity of layers": results.maps and similarity(results.maps),
+        "Accuracy": accuracies(groups),
+        "Against the paper": against_paper(paper.trained(finished(runs))),
         "Training": "".join(map(experiment, groups)),
     }
     links, body = [], []
@@ -385,28 +347,28 @@ def page(results):
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>Distillation results</title><style>{STYLE}</style></head><body>"
-        f"<h1>Distillation results</h1><p>{count(results)}</p><nav>{''.join(links)}</nav>{''.join(body)}"
+        f"<h1>Distillation results</h1><p>{count(runs)}</p><nav>{''.join(links)}</nav>{''.join(body)}"
         "</body></html>\n"
     )
 
 
-def count(results):
-    runs, complete = len(results.runs), len(results.complete)
-    return f"Finished runs: {complete}; trials: {runs - complete}; heat maps: {len(results.maps)}."
+def count(runs):
+    complete = len(finished(runs))
+    return f"Finished runs: {complete}; trials: {len(runs) - complete}."
 
 
 # ---------------------------------------------------------------- command line
 
 
-def write_page(results, args):
+def write_page(runs, args):
     """All results as one HTML page; this is what happens without a COMMAND."""
-    args.out.write_text(page(results), encoding="utf-8")
-    print(f"{args.out}: {count(results)}")
+    args.out.write_text(page(runs), encoding="utf-8")
+    print(f"{args.out}: {count(runs)}")
 
 
-def write_scale(results, args):
+def write_scale(runs, args):
     """The data-scale figure, and its points beside it as JSON."""
-    points = scale_points(paper.trained(results.complete), args.along)
+    points = scale_points(paper.trained(finished(runs)), args.along)
     if not points:
         raise recipe.RecipeError("no finished run of recipes/study_fraction_*.json with kd in it")
     figure = figures.scale_figure(points, figure_1())
@@ -415,10 +377,10 @@ def write_scale(results, args):
     args.out.with_suffix(".json").write_text(text + "\n")
 
 
-def write_curves(results, args):
+def write_curves(runs, args):
     """Accuracies of students over the epochs with their teacher's, from the lowest of the second half up."""
-    taught = [record for record in results.complete if record.get("teacher")]
-    curves = curves_of(taught or results.complete, "accuracy", "epoch", "top1")  # not the teacher's own run
+    taught = [record for record in finished(runs) if record.get("teacher")]
+    curves = curves_of(taught or finished(runs), "accuracy", "epoch", "top1")  # not the teacher's own run
     every = [list(curve.values()) for seeds in curves.values() for curve in seeds]
     if max(map(len, every), default=0) < 2:
         raise recipe.RecipeError("no run has accuracies of several epochs: set evaluate_every of its recipe")
