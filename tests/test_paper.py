@@ -531,7 +531,7 @@ def test_reduced_runs_say_so(tmp_path):
 def test_disagreements_stand_beside_the_cells_they_touch(capsys):
     for dispute in PAPER["disagreements"]:
         for pattern in dispute.get("cells", ()):
-            touched = {c["table"] for c in PAPER["cells"] if paper.fnmatch.fnmatchcase(c["id"], pattern)}
+            touched = {c["table"] for c in PAPER["cells"] if paper.fnmatchcase(c["id"], pattern)}
             assert touched and touched <= {*dispute["tables"]}, (dispute["id"], pattern)
     rows = table("4")
     assert (

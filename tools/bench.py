@@ -69,56 +69,53 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def compare_input(args):
-    yield compare_crops(args, "bicubic")
-    yield compare_crops(args, "random")
-    settings, batch = data_of(args, "prev_cifar_res20_res56", "cifar100"), 4 if args.small else 64
+    for interpolation in ("bicubic", "random"):
+        kernel = f"data.crop.interpolation={interpolation}"
+        load = partial(data_of, args, "a2_res50_beitb", "imagenet_sample", kernel)
+        exact, fast, repeated = (
+            load(),
+            load("data.pipeline=fast"),
+            load("data.pipeline=fast", "data.repeats=3"),
+        )
+        ways = {
+            "timm's create_loader": timm_batches(exact, 50),
+            "ours, pipeline timm": our_batches(exact, 50),
+            "ours, pipeline fast": our_batches(fast, 50),
+            "ours, pipeline fast, 3 repeats": our_batches(repeated, 50),
+        }
+        title = f"224 pixels, {interpolation} kernel, {exact.rand_augment}, uint8, imagenet_sample"
+        yield compare_batches(title, ways, 50)
+
+    settings = data_of(args, "prev_cifar_res20_res56", "cifar100")
     resident = dataclasses.replace(settings, resident=True)
     ways = {
-        "PIL data set and DataLoader, normalised": lambda: pil_batches(settings, batch),
-        "ours, memory-mapped PNG, uint8": lambda: our_batches(settings, batch),
-        "ours, resident, uint8": lambda: our_batches(resident, batch),
-        "ours, resident, normalised": lambda: normalised(our_batches(resident, batch)),
+        "PIL data set and DataLoader, normalised": pil_batches(settings, 64),
+        "ours, memory-mapped PNG, uint8": our_batches(settings, 64),
+        "ours, resident, uint8": our_batches(resident, 64),
+        "ours, resident, normalised": normalised(our_batches(resident, 64)),
     }
-    yield compare_batches(args, f"32 pixels, batches of {batch}, cifar100", ways, batch, 100)
+    yield compare_batches("32 pixels, batches of 64, cifar100", ways, 64)
 
 
-def compare_crops(args, interpolation):
-    settings, batch = data_of(args, "a2_res50_beitb", "imagenet_sample"), 4 if args.small else 50
-    exact = dataclasses.replace(
-        settings, crop=dataclasses.replace(settings.crop, interpolation=interpolation)
-    )
-    fast = dataclasses.replace(exact, pipeline="fast")
-    ways = {
-        "timm's create_loader": lambda: timm_batches(exact, batch),
-        "ours, pipeline timm": lambda: our_batches(exact, batch),
-        "ours, pipeline fast": lambda: our_batches(fast, batch),
-        "ours, pipeline fast, 3 repeats": lambda: our_batches(dataclasses.replace(fast, repeats=3), batch),
-    }
-    title = f"224 pixels, {interpolation} kernel, {settings.rand_augment}, uint8, imagenet_sample"
-    return compare_batches(args, title, ways, batch, 20)
+def compare_batches(title, ways, batch):
+    """ways: {name: generator of batches}, which begins its work in the process of the way."""
 
+    def count(batches):
+        for _ in batches:
+            yield batch
 
-def compare_batches(args, title, ways, batch, count):
-    """ways: {name: function that returns an iterator without end}; a call takes `count` batches of it."""
-    count = 1 if args.small else count
-
-    def take(make):
-        batches = make()
-        while True:
-            yield sum(batch for _ in itertools.islice(batches, count))
-
-    ways = {name: partial(take, make) for name, make in ways.items()}
+    ways = {name: partial(count, batches) for name, batches in ways.items()}
     return Comparison(f"training crops, {title}", ways)
 
 
-def data_of(args, name, folder):
+def data_of(args, name, folder, *overrides):
     """The recipe.Data of a recipe with the images of a folder of --data."""
     source = args.data / folder
     if not source.is_dir():
         raise recipe.RecipeError(f"{source}: no such folder: name the one around {folder}/ with --data")
-    changes = dict(source=str(source), train_size=None, streaming=False, shuffle_buffer=0, repeats=1)
-    settings = recipe.load(ROOT / "recipes" / f"{name}.json").data
-    return dataclasses.replace(settings, **changes, fraction=0.02 if args.small else 1.0)
+    plain = [f"data.source={source}", "data.train_size=null", "data.streaming=false", "data.shuffle_buffer=0"]
+    plain += ["data.repeats=1", f"data.fraction={0.2 if args.small else 1.0}"]
+    return recipe.load(ROOT / "recipes" / f"{name}.json", [*plain, *overrides]).data
 
 
 def raw_images(settings):
@@ -129,7 +126,7 @@ def raw_images(settings):
 
 def our_batches(settings, batch):
     loader = data.TrainLoader(settings, batch_size=batch, batch_size_per_process=batch)
-    return loader.batches(0, 0, 10**9)
+    yield from loader.batches(0, 0, 10**9)
 
 
 def normalised(batches):
@@ -151,7 +148,8 @@ def timm_batches(settings, batch):
     views |= dict(auto_augment=settings.rand_augment, color_jitter=None, is_training=True)
     here = dict(num_workers=0, device=torch.device("cpu"))
     loader = timm.data.create_loader(images, settings.size, batch, **views, **here).loader
-    return itertools.chain.from_iterable(itertools.repeat(loader))
+    while True:
+        yield from loader
 
 
 def pil_batches(settings, batch):
@@ -164,7 +162,8 @@ def pil_batches(settings, batch):
         return torch.stack([transform(Image.fromarray(image)) for image in images])
 
     loader = DataLoader(pixels, batch, shuffle=True, drop_last=True, collate_fn=collate)
-    return itertools.chain.from_iterable(itertools.repeat(loader))
+    while True:
+        yield from loader
 
 
 # ---------------------------------------------------------------- a training step

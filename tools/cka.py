@@ -6,7 +6,7 @@
         --data DIR --out FILE
 
 Writes FILE.json and a heat map, FILE.svg. A model is a folder of an exported student, a run's folder with one
-student, a timm tag ("resnet50.a1_in1k": pretrained weights) or NAME=FILE, a checkpoint of a timm model.
+student, or a timm tag ("resnet50.a1_in1k": pretrained weights).
 
 Nguyen et al. 2021, "Do wide and deep networks learn the same things?", equations 2 to 4: the unbiased HSIC of
 Song et al. 2012, summed over minibatches. A layer is the output of a module, in order of execution, one for
@@ -46,7 +46,7 @@ import rundir  # noqa: E402
 import sources  # noqa: E402
 
 SEED = 0  # of the images drawn from the test split
-WANTED = "an exported student, a run's folder, a timm tag, or NAME=FILE"
+WANTED = "an exported student, a run's folder, or a timm tag"
 NO_LAYERS = (nn.Identity, nn.Dropout, nn.Flatten)
 CONSTANT = 1e-6  # a layer that varies by less than this share of its size over the images is only rounding
 
@@ -139,9 +139,6 @@ def load(model, section):
             raise models.ModelError(f"{model}: several students: name one of {names}")
         network, config = models.load_exported(first)
         description = f"{config['architecture']} ({'/'.join(first.resolve().parts[-3:])})"
-    elif "=" in model:
-        name, file = model.split("=", 1)
-        return models.build(name, checkpoint=file, classes=section.classes, size=section.size), model
     else:
         config, description = models.pretrained_config(model), model
         shape = dict(classes=config["num_classes"], size=config["input_size"][-1])
@@ -152,15 +149,8 @@ def load(model, section):
 
 
 def section_of(args):
-    """Which images, and how they are prepared: as of --recipe, else of the run of model A."""
-    file, folder = args.recipe, Path(args.model_a)
-    if not file:
-        beside = folder / "recipe.json", folder.parent.parent / "recipe.json"
-        file = next((path for path in beside if path.is_file()), None)
-    if not file:
-        hint = "no recipe.json there says which images to use: name a --recipe"
-        raise sources.DataError(f"{args.model_a}: {hint}")
-    section = recipe.load(file).data
+    """The recipe.Data of --recipe, not streamed and with the source of --data."""
+    section = recipe.load(args.recipe).data
     source = args.data or section.source
     return dataclasses.replace(section, streaming=False, shuffle_buffer=0, source=source)
 
@@ -190,9 +180,7 @@ def main(arguments=None):
     add("model_a", metavar="MODEL_A", help=WANTED)
     add("model_b", metavar="MODEL_B", help="the same")
     add("--out", required=True, metavar="FILE", help="writes FILE.json and FILE.svg")
-    add(
-        "--recipe", metavar="FILE", help="whose test images to use (default: of the run that trained MODEL_A)"
-    )
+    add("--recipe", required=True, metavar="FILE", help="whose test images to use")
     add("--data", help="folder of the data set or its name on the hub (default: the recipe's)")
     add("--images", type=int, default=2048, help="drawn from the test split (default: 2048)")
     add("--batch", type=int, default=256, help="images a minibatch (default: 256)")

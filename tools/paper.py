@@ -13,13 +13,13 @@ paper. "disputed" names the disagreements between the paper, its code and its so
 
 import argparse
 import dataclasses
-import fnmatch
 import functools
 import json
 import shlex
 import statistics
 import sys
 import typing
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,7 +345,7 @@ def row(cell, students):
         "difference": f"{ours.mean - cell['value']:+.2f}" if ours and "value" in cell else "",
         "our teacher": f"{statistics.fmean(ours.teachers):.2f}" if ours and ours.teachers else "",
         "reduced": "; ".join(describe(*item) for item in sorted(numbers.items())),
-        "disputed": " ".join(d["id"] for d in disputes(cell["table"]) if touches(d, cell)),
+        "disputed": " ".join(dispute["id"] for dispute in disputes(cell["table"], cell)),
         "command": command(cell),
     }
 
@@ -368,14 +368,13 @@ def describe(reduced, numbers):
     return f"{numbers.mean:.2f}{numbers.spread and f' ± {numbers.spread}'} ({', '.join(facts)})"
 
 
-def disputes(table):
-    """The places where the paper, its code and its sources disagree about a table."""
-    return [dispute for dispute in paper()["disagreements"] if table in dispute["tables"]]
+def disputes(table, cell=None):
+    """The places where the paper, its code and its sources disagree about a table, or about a cell of it.
 
-
-def touches(dispute, cell):
-    """Disputes without "cells", patterns of their names, concern whole tables."""
-    return any(fnmatch.fnmatchcase(cell["id"], pattern) for pattern in dispute.get("cells", ()))
+    Disputes without "cells", patterns of their names, concern whole tables.
+    """
+    known = [dispute for dispute in paper()["disagreements"] if table in dispute["tables"]]
+    return [d for d in known if not cell or any(fnmatchcase(cell["id"], name) for name in d.get("cells", ()))]
 
 
 def markdown(rows):
@@ -401,18 +400,20 @@ def table_text(table, rows):
     return "\n\n".join(parts) + "\n"
 
 
+def tables_with_numbers(students):
+    """{table: rows} of the tables with a number of ours."""
+    tables = {name: [row(cell, students) for cell in cells(name)] for name in (*TABLES, STUDY)}
+    return {name: rows for name, rows in tables.items() if any(r["seeds"] or r["reduced"] for r in rows)}
+
+
 def docs_section(students):
     """Every table with a number of ours, without commands, and the names of the tables without one."""
-    parts, empty = [], []
-    for table in (*TABLES, STUDY):
-        rows = [row(cell, students) for cell in cells(table)]
-        if any(r["reduced"] or r["ours"] not in ("", "not run") for r in rows):
-            parts += [f"### Table {table}", markdown([r | {"command": ""} for r in rows])]
-        else:
-            empty.append(table)
-    lines = [f"Nothing run yet of Tables {', '.join(empty)}."] if empty else []
-    lines.append("`python tools/paper.py TABLE` prints any table with its commands and what is disputed.")
-    return "\n\n".join([*parts, "\n".join(lines)])
+    tables, parts = tables_with_numbers(students), []
+    for name, rows in tables.items():
+        parts += [f"### Table {name}", markdown([r | {"command": ""} for r in rows])]
+    empty = ", ".join(name for name in (*TABLES, STUDY) if name not in tables)
+    known = "`python tools/paper.py TABLE` prints any table with its commands and what is disputed."
+    return "\n\n".join([*parts, f"Nothing run yet of Tables {empty}.\n{known}"])
 
 
 def rewrite(path, name, section):

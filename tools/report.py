@@ -206,11 +206,8 @@ def against_paper(students):
     """Every table of the paper for which there is a run, whole: what has not been run is marked."""
     columns = ["student", "teacher", "method", "epochs", "paper", "ours", "±", "seeds", "difference"]
     columns += ["our teacher", "reduced", "measure", "label loss", "lr", "weight_decay"]
-    parts = []
-    for name in (*paper.TABLES, paper.STUDY):
-        rows = [paper.row(cell, students) for cell in paper.cells(name)]
-        if any(row["seeds"] or row["reduced"] for row in rows):
-            parts.append(table(rows, columns, f"Table {name} of the paper"))
+    tables = paper.tables_with_numbers(students)
+    parts = [table(rows, columns, f"Table {name} of the paper") for name, rows in tables.items()]
     if parts:
         what = "The commands of all cells, and what is disputed about them"
         parts.append(f"<p>{what}: <code>python tools/paper.py all</code>.</p>")
@@ -218,43 +215,38 @@ def against_paper(students):
 
 
 def experiments(runs):
-    """[[(file, record)]]: runs that differ in their seed only are one experiment. Those of teachers first."""
+    """[[(file, record)]]: runs that differ in their seed only are one experiment."""
     groups = collections.defaultdict(list)
-    for file, record in sorted(runs, key=lambda run: bool(run[1].get("teacher"))):
+    for file, record in runs:
         settings = rundir.consequential(record["recipe"]) | {"seed": None}
         groups[json.dumps([settings, record.get("limit")], sort_keys=True)].append((file, record))
     return list(groups.values())
 
 
 def accuracies(groups):
-    """The table of all students with what they gained over labels alone, and of every teacher once."""
-    rows, known = [], set()
+    """The table of all students with what they gained over labels alone, and of their teachers."""
+    rows = []
     for group in groups:
         run, (_, first), records = heading_of(*group[0]), group[0], [record for _, record in group]
         settings = first["recipe"]["students"]
         top1 = pd.DataFrame([[result["last"]["top1"] for result in r["students"]] for r in records])
         alone = next((i for i, student in enumerate(settings) if not student["soft"]), None)
+        shared = {"run": run, "seeds": len({record["seed"] for record in records})}
         for i, (result, student) in enumerate(zip(first["students"], settings, strict=True)):
-            row = {"run": run, "student": result["name"], "top-1, %": with_spread(top1[i])}
+            row = shared | {"student": result["name"], "top-1, %": with_spread(top1[i])}
             row |= {"model": student["model"], "parameters": result["parameters"], "n": result["last"]["n"]}
-            row |= {"loss": student["soft"]["loss"] if student["soft"] else "labels alone"}
-            row["seeds"] = len({record["seed"] for record in records})
+            row["loss"] = student["soft"]["loss"] if student["soft"] else "labels alone"
             if student["soft"] and alone is not None:
                 row["gain"] = with_spread(top1[i] - top1[alone], "+")
             rows.append(row)
-            known |= {(row["model"], row["parameters"], row["n"], value) for value in top1[i]}
-        for teacher in (record["teacher"] for record in records if record.get("teacher")):
-            row = {"run": run, "student": "(teacher)", "model": paper.teacher_of(first["recipe"]["teacher"])}
-            row |= {key: teacher[key] for key in ("parameters", "n")}
-            key = (row["model"], row["parameters"], row["n"], teacher["top1"])
-            if key not in known:
-                rows.append(row | {"top-1, %": f"{teacher['top1']:.2f}"})
-            known.add(key)
+        if teacher := first.get("teacher"):
+            row = shared | {"student": "(teacher)", "model": paper.teacher_of(first["recipe"]["teacher"])}
+            scores = pd.Series([record["teacher"]["top1"] for record in records])
+            row |= {"top-1, %": with_spread(scores), "parameters": teacher["parameters"], "n": teacher["n"]}
+            rows.append(row)
     columns = ["run", "student", "top-1, %", "gain", "seeds", "n", "loss", "model", "parameters"]
-    caption = (
-        "Last epoch: mean ± sample standard deviation over seeds; n test images. Gain: points above the "
-    )
-    return table(rows, columns, caption + "student with labels alone, seed by seed.")
+    caption = "Last epoch: mean ± sample standard deviation over seeds; n test images."
+    return table(rows, columns, f"{caption} Gain: points above the student with labels alone, seed by seed.")
 
 
 def with_spread(values, sign=""):
