@@ -92,10 +92,7 @@ class Training(typing.NamedTuple):
     @property
     def settings(self):
         """(recipe, student in it) as JSON, with the changes."""
-        if self.script == "detect.py":
-            tree = recipe.read_json(ROOT / "recipes" / f"{self.recipe_name}.json")
-        else:
-            tree = json.loads(recipe.dump(load(self.recipe_name, self.overrides)))
+        tree = load(self.recipe_name, self.overrides)
         return tree, next(student for student in tree["students"] if student["name"] == self.student)
 
 
@@ -121,7 +118,11 @@ def paper():
 
 @functools.cache
 def load(name, overrides=()):
-    return recipe.load(ROOT / "recipes" / f"{name}.json", overrides)
+    """A recipe as JSON, with overrides; recipes of detect.py are another format and have none."""
+    path = ROOT / "recipes" / f"{name}.json"
+    if name.startswith("coco_"):
+        return recipe.read_json(path)
+    return json.loads(recipe.dump(recipe.load(path, overrides)))
 
 
 def cells(table=None):
@@ -156,21 +157,16 @@ def training(cell):
     if cell["kind"] not in ACCURACIES or not (ROOT / f"recipes/{cell.get('recipe')}.json").exists():
         return None
     settings, name = load(cell["recipe"]), cell.get("method", "scratch")
-    student = next(student for student in settings.students if student.name == name)
-    present = {
-        "epochs": settings.epochs,
-        "lr": student.lr,
-        "weight_decay": student.weight_decay,
-        "hard.loss": student.hard.loss,
-        "hard.weight": student.hard.weight,
-    }
+    student = next(student for student in settings["students"] if student["name"] == name)
+    hard = {f"hard.{key}": value for key, value in student["hard"].items()}
+    present = student | hard | {"epochs": settings["epochs"]}
     wanted = {k: v for k, v in cell["overrides"].items() if k not in ("method", "hard_label_loss")}
     wanted |= LABEL_LOSSES[cell["overrides"].get("hard_label_loss")]
     changes = {}
     for key, value in wanted.items():
         if value != present[key]:
             changes[key if key == "epochs" else f"students.{name}.{key}"] = value
-    return Training(cell["recipe"], name, changes, len(settings.students) == 1)
+    return Training(cell["recipe"], name, changes, len(settings["students"]) == 1)
 
 
 def command(cell):
@@ -250,7 +246,9 @@ def significant(section):
 def teacher_of(teacher):
     """The name of a teacher's network; its weights may come from a file or from a recipe of this project."""
     path = ROOT / "recipes" / Path(teacher["recipe"] or "").name
-    return load(path.stem).students[0].model if path.is_file() else teacher["model"] or teacher["recipe"]
+    return (
+        load(path.stem)["students"][0]["model"] if path.is_file() else teacher["model"] or teacher["recipe"]
+    )
 
 
 def reduction(done, wanted):

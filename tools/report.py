@@ -126,7 +126,7 @@ def scale_points(students, along="epochs"):
     """
     top1, teachers = collections.defaultdict(dict), collections.defaultdict(set)
     for augmentation in ("weak", "strong"):
-        study = json.loads(recipe.dump(paper.load(f"study_fraction_{augmentation}")))
+        study = paper.load(f"study_fraction_{augmentation}")
         wanted = {s["name"]: paper.experiment(study, s) for s in study["students"] if s["soft"]}
         for done, record, result in students:
             method = done["student"].get("soft") and done["student"]["soft"]["loss"]
