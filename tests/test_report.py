@@ -200,6 +200,7 @@ def test_every_file_of_results_is_read(report):
         (a_run("study_fraction_weak", 0, [True] * 4), "expected a number, found true"),
         (a_run("study_fraction_weak", 0, [1] * 4) | {"seed": "0"}, 'expected a number, found "0"'),
         (a_run("study_fraction_weak", 0, [1] * 4, teacher=None), "Error: "),
+        (a_run("prev_cifar_res20_scratch", 0, [1], teacher="72"), "Error: "),
         (
             a_run("study_fraction_weak", 0, [1] * 4, curves={"kd": {"step": [1, 2], "hard": [1]}}),
             "Error: ",

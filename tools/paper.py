@@ -246,9 +246,9 @@ def significant(section):
 def teacher_of(teacher):
     """The name of a teacher's network; its weights may come from a file or from a recipe of this project."""
     path = ROOT / "recipes" / Path(teacher["recipe"] or "").name
-    return (
-        load(path.stem)["students"][0]["model"] if path.is_file() else teacher["model"] or teacher["recipe"]
-    )
+    if path.is_file():
+        return load(path.stem)["students"][0]["model"]
+    return teacher["model"] or teacher["recipe"]
 
 
 def reduction(done, wanted):

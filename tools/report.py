@@ -61,10 +61,10 @@ def read(paths):
         text = json.dumps(recipe.read_json(path, paper.MAX_BYTES), ensure_ascii=False)
         tree = json.loads(text.encode(errors="replace"))  # without halves of surrogate pairs
         try:
-            keys = set(tree) if isinstance(tree, dict) else set()
-            if not ({"students", "recipe"} <= keys or isinstance(keys and tree.get("runs"), list)):
-                continue
-            if "detector" in tree.get("recipe", ()):  # tools/paper.py 11 has its numbers
+            is_result = isinstance(tree, dict) and (
+                {"students", "recipe"} <= tree.keys() or isinstance(tree.get("runs"), list)
+            )
+            if not is_result or "detector" in tree.get("recipe", ()):  # tools/paper.py 11 has its numbers
                 continue
             for record in paper.records_of(tree):
                 key = json.dumps(check_run(record), sort_keys=True)
@@ -85,14 +85,17 @@ def finished(runs):
 
 def check_run(record):
     """The record, if it has all that the page reads; without options that recipes no longer have."""
-    recipe.drop_removed(record["recipe"])
-    numbers = [record["seed"], record["recipe"]["epochs"], record["recipe"]["data"].get("fraction", 1.0)]
-    for result, student in zip(record["students"], record["recipe"]["students"], strict=True):
-        paper.experiment(record["recipe"], student)
+    tree, students = record["recipe"], record["recipe"]["students"]
+    recipe.drop_removed(tree)
+    for result, student in zip(record["students"], students, strict=True):
+        paper.experiment(tree, student)
         _ = result["name"], student["model"]
-        for scores in (result | result["last"], *([record["teacher"]] if student["soft"] else [])):
-            numbers += [scores[key] for key in ("top1", "n", "parameters")]
-    list(map(number, numbers))
+    scores = [result | result["last"] for result in record["students"]]
+    if record.get("teacher") or any(student["soft"] for student in students):
+        scores.append(record["teacher"])
+    numbers = [score[key] for score in scores for key in ("top1", "n", "parameters")]
+    for value in (record["seed"], tree["epochs"], tree["data"].get("fraction", 1.0), *numbers):
+        number(value)
     for part, x, y, _ in CURVES:
         curves_of([record], part, x, y)
     return record
@@ -239,7 +242,8 @@ def accuracies(groups):
             if student["soft"] and alone is not None:
                 row["gain"] = with_spread(top1[i] - top1[alone], "+")
             rows.append(row)
-        if teacher := first.get("teacher"):
+        if any(student["soft"] for student in settings):
+            teacher = first["teacher"]
             row = shared | {"student": "(teacher)", "model": paper.teacher_of(first["recipe"]["teacher"])}
             scores = pd.Series([record["teacher"]["top1"] for record in records])
             row |= {"top-1, %": with_spread(scores), "parameters": teacher["parameters"], "n": teacher["n"]}
