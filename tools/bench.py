@@ -72,19 +72,15 @@ def compare_input(args):
     for interpolation in ("bicubic", "random"):
         kernel = f"data.crop.interpolation={interpolation}"
         load = partial(data_of, args, "a2_res50_beitb", "imagenet_sample", kernel)
-        exact, fast, repeated = (
-            load(),
-            load("data.pipeline=fast"),
-            load("data.pipeline=fast", "data.repeats=3"),
-        )
+        exact, fast = load(), load("data.pipeline=fast")
         ways = {
             "timm's create_loader": timm_batches(exact, 50),
             "ours, pipeline timm": our_batches(exact, 50),
             "ours, pipeline fast": our_batches(fast, 50),
-            "ours, pipeline fast, 3 repeats": our_batches(repeated, 50),
+            "ours, pipeline fast, 3 repeats": our_batches(dataclasses.replace(fast, repeats=3), 50),
         }
         title = f"224 pixels, {interpolation} kernel, {exact.rand_augment}, uint8, imagenet_sample"
-        yield compare_batches(title, ways, 50)
+        yield Comparison(f"training crops, {title}", ways, images=50)
 
     settings = data_of(args, "prev_cifar_res20_res56", "cifar100")
     resident = dataclasses.replace(settings, resident=True)
@@ -94,18 +90,7 @@ def compare_input(args):
         "ours, resident, uint8": our_batches(resident, 64),
         "ours, resident, normalised": normalised(our_batches(resident, 64)),
     }
-    yield compare_batches("32 pixels, batches of 64, cifar100", ways, 64)
-
-
-def compare_batches(title, ways, batch):
-    """ways: {name: generator of batches}, which begins its work in the process of the way."""
-
-    def count(batches):
-        for _ in batches:
-            yield batch
-
-    ways = {name: partial(count, batches) for name, batches in ways.items()}
-    return Comparison(f"training crops, {title}", ways)
+    yield Comparison("training crops, 32 pixels, batches of 64, cifar100", ways, images=64)
 
 
 def data_of(args, name, folder, *overrides):
@@ -181,26 +166,28 @@ def compare_step(args):
 
 def compare_loops(args, name, pair, plain, timms=None):
     settings = step_settings(name, *pair)
-    ways = {plain: partial(plain_loop, settings, args.device, reads=True)}
+    ways = {plain: plain_loop(settings, args.device, reads=True)}
     if timms:
-        ways[timms] = partial(plain_loop, settings, args.device, timms_task=True)
-    ways["ours"] = partial(our_loop, settings)
+        ways[timms] = plain_loop(settings, args.device, timms_task=True)
+    ways["ours"] = our_loop(settings)
     if not args.small:  # compiling takes a minute or two
         compiled = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR")
-        ways["ours, compiled"] = partial(our_loop, settings, **compiled)
+        ways["ours, compiled"] = our_loop(settings, **compiled)
         half = dict(compiled, ACCELERATE_MIXED_PRECISION="bf16")
-        ways["ours, compiled, bf16"] = partial(our_loop, settings, **half)
-    return Comparison("a step, {} to {}, {} images of {} pixels".format(*pair), ways)
+        ways["ours, compiled, bf16"] = our_loop(settings, **half)
+    title = "a step, {} to {}, {} images of {} pixels".format(*pair)
+    return Comparison(title, ways, images=settings.batch_size)
 
 
 def compare_overhead(args):
     """A call is 100 steps, because a call of our loop sets up a progress bar."""
     settings = step_settings("prev_cifar_res20_res56", "bench_matrix", "bench_matrix", 64, 8)
     ways = {
-        "a plain loop": partial(plain_loop, settings, args.device, steps=100),
-        "ours": partial(our_loop, settings, steps=100),
+        "a plain loop": plain_loop(settings, args.device, steps=100),
+        "ours": our_loop(settings, steps=100),
     }
-    yield Comparison("100 steps of a network with one matrix, 64 images of 8 pixels", ways)
+    title = "100 steps of a network with one matrix, 64 images of 8 pixels"
+    yield Comparison(title, ways, images=6400)
 
 
 @register_model
@@ -246,7 +233,7 @@ def our_loop(settings, steps=1, **launched):
     for step in itertools.count(0, steps):
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             train.train(*parts, step, step + steps)
-        yield steps * settings.batch_size
+        yield
 
 
 def plain_loop(settings, device, steps=1, reads=False, timms_task=False):
@@ -267,21 +254,18 @@ def plain_loop(settings, device, steps=1, reads=False, timms_task=False):
     if timms_task:
         task = timm.task.LogitDistillationTask(network, teacher, device=images.device, temperature=4.0)
 
-    def step():
-        inputs = ((images.float() / 255 - mean) / std).contiguous(memory_format=layout)
-        terms = task(inputs, labels)
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        optimizer.step()
-        if reads:
-            top = terms["output"].topk(5)[1].eq(labels[:, None])
-            for value in (terms["loss"], top[:, :1].float().mean(), top.any(dim=1).float().mean()):
-                value.item()
-
     while True:
         for _ in range(steps):
-            step()
-        yield steps * settings.batch_size
+            inputs = ((images.float() / 255 - mean) / std).contiguous(memory_format=layout)
+            terms = task(inputs, labels)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            optimizer.step()
+            if reads:
+                top = terms["output"].topk(5)[1].eq(labels[:, None])
+                for value in (terms["loss"], top[:, :1].float().mean(), top.any(dim=1).float().mean()):
+                    value.item()
+        yield
 
 
 def plain_task(network, teacher, images, labels):
@@ -309,8 +293,7 @@ def compare_losses(args):
 
     def compared(name, makes, batch, width, ids=None):
         """Losses {name: function that makes it} on [batch, width]; on features with ids below `ids`."""
-        step = partial(loss_step, batch=batch, width=width, ids=ids, device=args.device)
-        ways = {way: partial(step, make) for way, make in makes.items()}
+        ways = {way: loss_step(make, batch, width, ids, args.device) for way, make in makes.items()}
         return Comparison(f"{name}, forward and backward, {batch} x {width}", ways, memory=True)
 
     rkds = {"its definition": lambda: defined_rkd, "ours": lambda: losses.RKD(shapes, shapes)}
@@ -383,10 +366,10 @@ class DefinedCRD(nn.Module):
 # ---------------------------------------------------------------- start-up, class folders, detection
 
 
-def repeated(function, *arguments, images=None, **options):
+def repeated(function, *arguments, **options):
     while True:
         function(*arguments, **options)
-        yield images
+        yield
 
 
 def compare_startup(args):
@@ -396,7 +379,7 @@ def compare_startup(args):
     if args.small:
         commands = ["-c 'import json'", "-c 'import csv'"]
     run = partial(repeated, subprocess.run, cwd=ROOT, check=True, capture_output=True)
-    ways = {text: partial(run, [sys.executable, *shlex.split(text)]) for text in commands}
+    ways = {command: run([sys.executable, *shlex.split(command)]) for command in commands}
     yield Comparison("start-up", ways)
 
 
@@ -408,12 +391,11 @@ def compare_folders(args):
         file = root / "train" / f"{i % classes:04}" / f"{i}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    uncached = folders.open_splits.__wrapped__
     ways = {
-        "torchvision's ImageFolder": partial(repeated, ImageFolder, root / "train", images=count),
-        "ours": partial(repeated, uncached, root, images=count),
+        "torchvision's ImageFolder": repeated(ImageFolder, root / "train"),
+        "ours": repeated(folders.open_splits.__wrapped__, root),  # not from its cache
     }
-    yield Comparison(f"listing {count:,} files in {classes} class folders", ways)
+    yield Comparison(f"listing {count:,} files in {classes} class folders", ways, images=count)
 
 
 def compare_detection(args):
@@ -429,13 +411,13 @@ def compare_detection(args):
             network(to_float(coco.padded([images[i] for i in batch])[0], args.device))
 
     order = np.random.default_rng(0).permutation(len(images)).tolist()
-    orders = {"batches at random": [order[i : i + 4] for i in range(0, len(order) - 3, 4)]}
-    orders["wide and tall images apart"] = coco.batches_of_epoch(split.is_wide, 4, seed=0, epoch=0)
+    mixed = [order[i : i + 4] for i in range(0, len(order) - 3, 4)]
+    apart = coco.batches_of_epoch(split.is_wide, 4, seed=0, epoch=0)
     ways = {
-        name: partial(repeated, features, batches, images=sum(map(len, batches)))
-        for name, batches in orders.items()
+        "batches at random": repeated(features, mixed),
+        "wide and tall images apart": repeated(features, apart),
     }
-    yield Comparison("a ResNet-18 on batches of 4 images of COCO", ways)
+    yield Comparison("a ResNet-18 on batches of 4 images of COCO", ways, images=4 * len(mixed))
 
     copies = 1 if args.small else 400
     count = len(split) * copies
@@ -449,9 +431,12 @@ def compare_detection(args):
             split.objects(i % len(split))
         return kept
 
-    kinds = {"all kept as Python objects": as_objects, "kept as one array of bytes": as_bytes}
-    ways = {name: partial(repeated, function, images=count) for name, function in kinds.items()}
-    yield Comparison(f"reading the annotations of {count:,} images of COCO", ways, memory=True)
+    ways = {
+        "all kept as Python objects": repeated(as_objects),
+        "kept as one array of bytes": repeated(as_bytes),
+    }
+    title = f"reading the annotations of {count:,} images of COCO"
+    yield Comparison(title, ways, images=count, memory=True)
 
 
 # ---------------------------------------------------------------- command line

@@ -27,24 +27,25 @@ TURN = 1.0  # seconds; a way repeats its work for about as long before the next 
 
 
 class Comparison(typing.NamedTuple):
-    """Ways to do the same work, {name: generator function without arguments}.
+    """Ways to do the same work, {name: generator}.
 
-    The process of a way makes the generator. What it does up to the next `yield` is measured; it yields how
-    many images it went through, or None.
+    What a generator does up to its next `yield` is a call, which is measured. It begins in the process of
+    its way.
     """
 
     title: str
     ways: dict
-    memory: bool = False  # measure the peak too
+    images: int | None = None  # that a call goes through
+    memory: bool = False  # measure the peak of a call too
 
 
 def compare(comparison, args):
     """{"title", "clock", "rows"}: what `row_of` gives for each way."""
-    ways = comparison.ways.items()
-    peaks = {name: start(name, way, args, memory=True)() for name, way in ways if comparison.memory}
-    turns = {name: start(name, way, args) for name, way in ways}
+    ways, images = comparison.ways.items(), comparison.images
+    peaks = {name: start(name, work, args, memory=True)() for name, work in ways if comparison.memory}
+    turns = {name: start(name, work, args) for name, work in ways}
     rounds = [{name: turn() for name, turn in turns.items()} for _ in range(args.rounds)]
-    rows = [row_of(name, rounds) | {"peak_mb": peaks.get(name)} for name in turns]
+    rows = [row_of(name, rounds, images) | {"peak_mb": peaks.get(name)} for name in turns]
     return {"title": comparison.title, "clock": "cpu" if args.device == "cpu" else "wall", "rows": rows}
 
 
@@ -66,12 +67,12 @@ def measure(section, args):
     return about | {"comparisons": comparisons}
 
 
-def row_of(name, rounds):
-    """A way's medians over rounds [{way: (seconds, images)}], beside the first way's."""
-    seconds = [taken[name][0] for taken in rounds]
-    first = [next(iter(taken.values()))[0] for taken in rounds]
+def row_of(name, rounds, images=None):
+    """A way's medians over rounds [{way: seconds of a call}], beside the first way's."""
+    seconds = [taken[name] for taken in rounds]
+    first = [next(iter(taken.values())) for taken in rounds]
     ratios = [a / b for a, b in zip(first, seconds, strict=True)]
-    images, median = rounds[0][name][1], statistics.median(seconds)
+    median = statistics.median(seconds)
     return {
         "name": name,
         "seconds": median,
@@ -85,11 +86,11 @@ def row_of(name, rounds):
 # ---------------------------------------------------------------- the process of a way
 
 
-def start(name, way, args, memory=False):
+def start(name, work, args, memory=False):
     """Start the process of a way and wait until it is warm; returns a function that asks it for a measure."""
     context = multiprocessing.get_context("fork")  # the imports, longer than most turns, happen once
     here, there = context.Pipe()
-    context.Process(target=serve, args=(there, way, args, memory), daemon=True).start()
+    context.Process(target=serve, args=(there, work, args, memory), daemon=True).start()
     there.close()
 
     def ask():
@@ -103,16 +104,16 @@ def start(name, way, args, memory=False):
     return ask
 
 
-def serve(connection, way, args, memory):
+def serve(connection, work, args, memory):
     """Answer the first request when the way is warm, and each later one with a measure."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if memory and args.device == "cpu":
         ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: glibc gives back what a call has freed
-    work, calls = way(), 1
+    calls = 1
     if not args.small:
         next(work)  # compiles; libraries load at first use
-        calls = math.ceil(TURN / seconds_of(work, 1, args.device)[0])
+        calls = math.ceil(TURN / seconds_of(work, 1, args.device))
     with contextlib.suppress(EOFError):  # the other side has ended
         connection.recv()
         connection.send("warm")
@@ -121,14 +122,14 @@ def serve(connection, way, args, memory):
 
 
 def seconds_of(work, calls, device):
-    """(seconds of one call, its images): CPU time of this process and its finished children, or wall time."""
+    """Seconds of a call: CPU time of this process and its finished children, or on a GPU wall time."""
     clock = cpu_seconds if device == "cpu" else time.perf_counter
     begin = clock()
     for _ in range(calls):
-        images = next(work)
+        next(work)
     if device != "cpu":
         torch.cuda.synchronize()
-    return (clock() - begin) / calls, images
+    return (clock() - begin) / calls
 
 
 def cpu_seconds():
