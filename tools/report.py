@@ -210,11 +210,13 @@ def against_paper(students):
     columns = ["student", "teacher", "method", "epochs", "paper", "ours", "±", "seeds", "difference"]
     columns += ["our teacher", "reduced", "measure", "label loss", "lr", "weight_decay"]
     tables = paper.tables_with_numbers(students)
+    if not tables:
+        return ""
     parts = [table(rows, columns, f"Table {name} of the paper") for name, rows in tables.items()]
-    if parts:
-        what = "The commands of all cells, and what is disputed about them"
-        parts.append(f"<p>{what}: <code>python tools/paper.py all</code>.</p>")
-    return "".join(parts)
+    hint = (
+        "The commands of all cells, and what is disputed about them: <code>python tools/paper.py all</code>."
+    )
+    return f"<h2>Against the paper</h2>{''.join(parts)}<p>{hint}</p>"
 
 
 def experiments(runs):
@@ -308,7 +310,7 @@ STYLE = """
 body{margin:0 auto;padding:1rem;max-width:76rem;color:#1c2128;font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin:2.2rem 0 .5rem;border-bottom:1px solid #d5d9df}
 h3{margin:1.6rem 0 .3rem}h1,h2,h3,p,dd{overflow-wrap:anywhere}p{max-width:46rem;margin:.5rem 0}
-nav a{margin-right:1rem}.caption,dt{color:#5b6470}.box{overflow-x:auto;margin:.3rem 0 1rem}
+.caption,dt{color:#5b6470}.box{overflow-x:auto;margin:.3rem 0 1rem}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid #d5d9df;max-width:28rem}
 td:first-child{overflow-wrap:anywhere;min-width:8.5rem}
@@ -318,7 +320,7 @@ dd{margin:0}img{display:block;width:100%;height:auto}
 @media (max-width:30rem){th,td{padding:.25rem}td:first-child{min-width:6.5rem}}
 @media print{
 @page{margin:14mm}
-body{font-size:10pt;max-width:none;padding:0}nav{display:none}.box{overflow:visible}
+body{font-size:10pt;max-width:none;padding:0}.box{overflow:visible}
 table{font-size:7.5pt}th,td{min-width:0!important;padding:.15rem .3rem}td{overflow-wrap:anywhere}
 tr,dl,img{break-inside:avoid}h2,h3,.caption{break-after:avoid}.charts{grid-template-columns:1fr 1fr}
 }
@@ -328,23 +330,14 @@ tr,dl,img{break-inside:avoid}h2,h3,.caption{break-after:avoid}.charts{grid-templ
 def page(runs):
     """The whole report as HTML text."""
     groups = experiments(runs)
-    sections = {
-        "Accuracy": accuracies(groups),
-        "Against the paper": against_paper(paper.trained(finished(runs))),
-        "Training": "".join(map(experiment, groups)),
-    }
-    links, body = [], []
-    for i, (title, part) in enumerate(sections.items()):
-        if part:
-            links.append(f'<a href="#s{i}">{title}</a>')
-            body.append(f'<section><h2 id="s{i}">{title}</h2>{part}</section>')
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>Distillation results</title><style>{STYLE}</style></head><body>"
-        f"<h1>Distillation results</h1><p>{count(runs)}</p><nav>{''.join(links)}</nav>{''.join(body)}"
-        "</body></html>\n"
+        f"<h1>Distillation results</h1><p>{count(runs)}</p><h2>Accuracy</h2>{accuracies(groups)}"
+        f"{against_paper(paper.trained(finished(runs)))}"
+        f"<h2>Training</h2>{''.join(map(experiment, groups))}</body></html>\n"
     )
 
 
