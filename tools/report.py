@@ -213,9 +213,7 @@ def against_paper(students):
     if not tables:
         return ""
     parts = [table(rows, columns, f"Table {name} of the paper") for name, rows in tables.items()]
-    hint = (
-        "The commands of all cells, and what is disputed about them: <code>python tools/paper.py all</code>."
-    )
+    hint = "Commands, and what is disputed about the cells: <code>python tools/paper.py all</code>."
     return f"<h2>Against the paper</h2>{''.join(parts)}<p>{hint}</p>"
 
 
