@@ -988,7 +988,19 @@ def test_crd_falls_when_the_positive_pair_is_aligned():
     assert module.contrast(*aligned, INDEX, sampled) < apart - 1
 
 
-def test_crd_keeps_no_scores_for_backward():
+def test_crd_copies_rows_or_multiplies_by_the_whole_bank_alike(monkeypatch):
+    results = []
+    for whole in (True, False):
+        monkeypatch.setattr(losses, "_whole_bank", lambda bank, ids, whole=whole: whole)
+        module, student = make("crd").double(), random(STUDENT, dtype=torch.float64)
+        student[-1].requires_grad_()
+        loss = value(module, student, random(TEACHER, seed=1, dtype=torch.float64))
+        loss.backward()
+        results.append((loss, student[-1].grad, module.embed_teacher.weight.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_crd_keeps_neither_scores_nor_rows_for_backward():
     module = make("crd", labels=torch.arange(4000) % 4, negatives=1000)
     student, teacher, kept = random(STUDENT), random(TEACHER, seed=1), {}
     student[-1].requires_grad_()
@@ -1023,7 +1035,7 @@ def test_crd_errors_say_what_to_do():
     ):
         with pytest.raises(ValueError, match=rf"class ids \[n_data\] from 0, of two or .* got {found}"):
             make("crd", labels=labels)
-    with pytest.raises(ValueError, match=r"negatives and temperature must be positive, got 7 and 0"):
+    with pytest.raises(ValueError, match=r"temperature must be positive, got 0"):
         make("crd", temperature=0)
     for index, found in ((None, "None"), (INDEX[:3], r"\(3,\)")):
         with pytest.raises(
