@@ -39,6 +39,7 @@ RUN_BOARD = {  # and of the run, by the names of a row
 }
 MAX_SKIPPED_STEPS = 10  # in a row, or more than 1 % of the steps of a run
 MIN_GRADIENT_SCALE = 1e-3  # float16's scale starts at 65536 and halves with every overflow
+SHOWN_MEMORY = 1e7  # bytes, below which the plan says nothing of them
 
 
 class Clock:
@@ -336,8 +337,7 @@ def plan(log, teacher, step):
         line, weights, activations = plan_student(student, data.size, loader.per_process)
         lines.append(line)
         kept, largest = kept + weights, max(largest, activations)
-    lines.append(f"  memory of a process: {_memory(kept, largest)}")
-    return "\n".join(lines)
+    return "\n".join(lines) + _memory("\n  memory of a process: ", kept, largest)
 
 
 def plan_student(student, size, per_process):
@@ -358,7 +358,7 @@ def plan_student(student, size, per_process):
     copies = 2 + moments + bool(student.ema)  # weights, gradients, moments, average
     weights = banks + 4 * count_parameters(module) * copies
     activations = per_process * activation_bytes(student.net, size, student.accelerator)
-    return f"{line}; {_memory(weights, activations)}", weights, activations
+    return line + _memory("; ", weights, activations), weights, activations
 
 
 def activation_bytes(network, size, accelerator):
@@ -381,8 +381,11 @@ def count_parameters(network):
     return sum(p.numel() for p in network.parameters())
 
 
-def _memory(weights, activations):
-    return f"about {_megabytes(weights)} of weights and state, {_megabytes(activations)} of activations"
+def _memory(before, weights, activations):
+    if weights + activations < SHOWN_MEMORY:
+        return ""
+    kept = f"{_megabytes(weights)} of weights and state"
+    return f"{before}about {kept}, {_megabytes(activations)} of activations"
 
 
 def _megabytes(n):

@@ -228,7 +228,8 @@ def dry_run(prepared, lead):
         rundir.check_folder(folder, of_seed, prepared.options)
     log = make_log(prepared.settings, prepared.out, prepared, prepared.students)
     lead.print(plan(log, prepared.network, 0))
-    lead.print(f"  would write {', '.join(str(folder) for folder, _ in runs)}")
+    files = "recipe.json, metrics.jsonl, checkpoints/, students/, result.json, TensorBoard's files"
+    lead.print(f"  would write {', '.join(str(folder) for folder, _ in runs)}, each with {files}")
 
 
 def execute(prepared, lead):
