@@ -411,7 +411,7 @@ def docs_section(students):
         parts += [f"### Table {name}", markdown([r | {"command": ""} for r in rows])]
     empty = ", ".join(name for name in (*TABLES, STUDY) if name not in tables)
     known = "`python tools/paper.py TABLE` prints any table with its commands and what is disputed."
-    return "\n\n".join([*parts, f"Nothing run yet of Tables {empty}.\n{known}"])
+    return "\n\n".join([*parts, (f"Nothing run yet of Tables {empty}.\n" if empty else "") + known])
 
 
 def rewrite(path, name, section):
