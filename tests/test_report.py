@@ -137,7 +137,7 @@ def test_every_result_below_a_folder_and_no_empty_section(report, tmp_path):
     source = (tmp_path / "report.html").read_text()
     assert re.findall("<h2[^>]*>(.*?)</h2>", source) == ["Accuracy", "Training"]
     assert [row[:2] for row in cells(source)[1:]] == [
-        *[["seed0: 8 epochs", name] for name in ("alone", "kd", "dist", "(teacher)")],
+        *[["quickstart: 8 epochs", name] for name in ("alone", "kd", "dist", "(teacher)")],
         ["quickstart_teacher: 20 epochs", "teacher"],
     ]
     labels, kd = (

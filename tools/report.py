@@ -292,7 +292,10 @@ def made_by(runs):
 
 def heading_of(file, record):
     """Name of a run's folder, or of a file of several runs; length, and what makes it less than a run."""
-    name = file.absolute().parent.name if file.name == "result.json" else file.stem
+    folder = file.absolute().parent
+    if folder.name.startswith("seed"):  # of a recipe with several runs
+        folder = folder.parent
+    name = folder.name if file.name == "result.json" else file.stem
     length = f"{record['recipe']['epochs']:g} epochs"
     if record.get("limit") is not None:
         length = f"a trial of {record['limit']} steps, which says nothing about accuracy"
