@@ -265,6 +265,16 @@ def test_seeds_are_a_mean_with_a_band(report):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "Top-1")
 
 
+def test_one_accuracy_a_seed_is_a_dot_with_its_spread(report):
+    axes = report.figures.dots({"kd": [10.0, 20.0], "teacher": [50.0]}, "top-1, %").axes[0]
+    (dots,) = axes.containers
+    assert list(dots[0].get_xdata()) == [15, 50] and list(dots[0].get_ydata()) == [0, 1]
+    bar, none = dots[2][0].get_segments()
+    assert bar[:, 0] == pytest.approx([15 - 50**0.5, 15 + 50**0.5]) and not len(none)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["kd", "teacher"]
+    assert axes.yaxis_inverted() and axes.get_xlabel() == "top-1, %"
+
+
 def test_the_picture_of_accuracies(report, tmp_path, capsys):
     accuracy = {
         "kd": {"epoch": [1.0, 2.0], "top1": [50.0, 60.0]},

@@ -87,6 +87,19 @@ def chart(title, curves, x_label, size=(3.6, 2.3), teacher=None, bottom=None):
     return figure
 
 
+def dots(scores, label):
+    """Figure of scores {name: [one of each seed]}: means with bars of one sample standard deviation."""
+    frame, rows = pd.DataFrame(map(pd.Series, scores.values())), range(len(scores))
+    figure = Figure((3.6, 0.8 + 0.25 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(frame.mean(axis=1), rows, xerr=frame.std(axis=1), fmt="o", color="#0072b2", capsize=3)
+    axes.set_yticks(rows, [printable(name, 24) for name in scores])
+    axes.invert_yaxis()
+    axes.set(xlabel=label, ylabel="network")
+    axes.grid(axis="x")
+    return figure
+
+
 def heat_map(result):
     """Figure of a matrix of tools/cka.py, the first model's layers upwards, the second's to the right."""
     matrix = np.array(result["cka"], float)  # null is NaN: a layer with equal features for all images

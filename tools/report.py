@@ -244,9 +244,10 @@ def accuracies(groups):
             rows.append(row)
         if any(student["soft"] for student in settings):
             teacher = first["teacher"]
-            row = shared | {"student": "(teacher)", "model": paper.teacher_of(first["recipe"]["teacher"])}
-            scores = pd.Series([record["teacher"]["top1"] for record in records])
-            row |= {"top-1, %": with_spread(scores), "parameters": teacher["parameters"], "n": teacher["n"]}
+            row = {"run": run, "student": "(teacher)", "model": paper.teacher_of(first["recipe"]["teacher"])}
+            scores = pd.Series([record["teacher"]["top1"] for record in records]).drop_duplicates()
+            row |= {"top-1, %": with_spread(scores), "seeds": len(scores)}
+            row |= {"parameters": teacher["parameters"], "n": teacher["n"]}
             rows.append(row)
     columns = ["run", "student", "top-1, %", "gain", "seeds", "n", "loss", "model", "parameters"]
     caption = "Last epoch: mean ± sample standard deviation over seeds; n test images."
@@ -267,7 +268,7 @@ def experiment(runs):
 
 
 def charts(records):
-    """(figure, title) of curves with several points; losses of one kind are in one chart."""
+    """(figure, title): curves with several points, losses of one kind in one chart; else last accuracies."""
     settings = {student["name"]: student for student in records[0]["recipe"]["students"]}
     teacher = records[0]["teacher"]["top1"] if records[0].get("teacher") else None
     for part, x, y, title in CURVES:
@@ -278,6 +279,11 @@ def charts(records):
                 kinds[f"{title}: {term['loss']}" if term else title][name] = curves
         for kind, curves in kinds.items():
             yield figures.chart(kind, curves, x, teacher=teacher if y == "top1" else None), kind
+        if y == "top1" and not kinds and len(settings) > 1:
+            names = [result["name"] for result in records[0]["students"]]
+            last = ([result["last"]["top1"] for result in record["students"]] for record in records)
+            scores = dict(zip(names, zip(*last, strict=True), strict=True))
+            yield figures.dots(scores | ({} if teacher is None else {"teacher": [teacher]}), title), title
 
 
 def made_by(runs):
