@@ -28,7 +28,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import ToNumpy
 from torchvision import transforms
 
-from rand_augment import FILL, Painter, kernel_name, with_recorded_operations
+from rand_augment import FILL, Painter, drawn_kernel, with_recorded_operations
 from sources import DataError
 
 # Formats that PIL decodes itself. Others start programs (EPS: Ghostscript) or are of no use in training.
@@ -228,10 +228,9 @@ class _FastViews:
         seed_all(seed)
         shape = torch.empty((3, height, width), device="meta")
         box = self.crop.get_params(shape, self.crop.scale, self.crop.ratio)
-        kernel = self.crop.interpolation
-        kernel = random.choice(kernel) if isinstance(kernel, (tuple, list)) else kernel
+        kernel = drawn_kernel(self.crop.interpolation)
         flipped = self.flip > 0 and bool(torch.rand(1) < self.flip)
-        return box, kernel_name(kernel), flipped, self.policy([]) if self.policy else []
+        return box, kernel, flipped, self.policy([]) if self.policy else []
 
 
 # ---------------------------------------------------------------- a batch

@@ -38,15 +38,13 @@ def with_recorded_operations(transform):
 
 
 def _record(name, operations, value=0.0, *, resample, fillcolor):
-    cubic = False
-    if name.startswith(WARPS):  # timm draws a warp's kernel only when it warps
-        kernel = random.choice(resample) if isinstance(resample, (tuple, list)) else resample
-        cubic = kernel_name(kernel) == "bicubic"
+    cubic = name.startswith(WARPS) and drawn_kernel(resample) == "bicubic"  # timm draws only when it warps
     return [*operations, (name, value, cubic)]
 
 
-def kernel_name(kernel):
-    """ "bilinear" or "bicubic", of a member of PIL's or torchvision's enumeration."""
+def drawn_kernel(kernel):
+    """ "bilinear" or "bicubic", of one or several members of PIL's or torchvision's enumeration."""
+    kernel = random.choice(kernel) if isinstance(kernel, (tuple, list)) else kernel
     return getattr(kernel, "name", str(kernel)).lower()
 
 

@@ -531,15 +531,6 @@ def test_views_do_not_depend_on_workers_processes_or_resuming(photographs, pipel
     assert everything[0][0].is_contiguous(memory_format=torch.channels_last) == (pipeline == "fast")
 
 
-def test_a_batch_outlives_the_next(photographs):
-    """Views are painted into memory that is used again; batches must not be."""
-    batches = small(photographs, batch_size=12, **RAND, data__pipeline="fast").batches(0, 0, 2)
-    first = next(batches)[0]
-    kept = first.clone()
-    next(batches)
-    assert torch.equal(first, kept)
-
-
 def test_repeats_are_decoded_once(photographs, monkeypatch):
     decoded, decode = [], augment.simplejpeg.decode_jpeg
     monkeypatch.setattr(
