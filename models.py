@@ -253,10 +253,8 @@ def check_pretrained(model, *, classes, size):
         raise ModelError(f"{model} was trained for {config['num_classes']} classes, the data has {classes}")
     trained = config["input_size"][-1]
     if trained != size:
-        raise ModelError(
-            f"{model} was trained at {trained} pixels and would see {size}: "
-            f"set teacher.size to {trained} to resize for it"
-        )
+        hint = f"set teacher.size to {trained} to resize for it"
+        raise ModelError(f"{model} was trained at {trained} pixels and would see {size}: {hint}")
 
 
 def load_weights(network, path, *, any_head=False):

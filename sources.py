@@ -85,8 +85,7 @@ def resolved(data):
     if not data.classes and len(names) == 1:
         inner = os.path.join(source, names[0])
         hint = f"; if its folders are the classes, give --data {inner}" if os.path.isdir(inner) else ""
-        found = f"one class found, {names[0]!r}, expected two or more class folders"
-        raise DataError(f"{source}: {found}{hint}")
+        raise DataError(f"{source}: one class found, {names[0]!r}, expected two or more class folders{hint}")
     classes = data.classes or len(names)
     return dataclasses.replace(data, train_split=str(train), test_split=str(test), classes=classes)
 
@@ -236,7 +235,7 @@ def evaluation_fields(source):
     labels += ["cls"] if "cls" in features else []
     if not images or not labels:
         known = ", ".join(features)
-        raise DataError(f"{source}: needs a column of images and one of class labels (columns: {known})")
+        raise DataError(f"{source}: no column of images or none of class labels (columns: {known})")
     return {
         "test_split": split,
         "image": images[0],
@@ -296,9 +295,7 @@ def _read(path, name):
     except Exception as error:  # whatever the file system in between raises
         raise DataError(f"{name} cannot be read: {error!r}") from error
     if len(content) > MAX_BYTES:
-        raise DataError(
-            f"{name} has more than {MAX_BYTES:,} bytes, sources.MAX_BYTES: remove it from the data set"
-        )
+        raise DataError(f"{name} has more than {MAX_BYTES:,} bytes: remove it from the data set")
     return content
 
 
@@ -357,17 +354,17 @@ def check_classes(data, split):
     parquet file for all of them. `split`: either of the two.
     """
     wanted = (data.train_split, data.test_split)
-    train, test = (
-        split.folders.get(name) or _declared_classes(split.beside.get(name), data.label, split)
-        for name in wanted
-    )
+    train, test = (_declared_classes(split, name, data.label) for name in wanted)
     if train and test:
         with named(data.source):
             class_names.check_same(train, test, *wanted)
 
 
-def _declared_classes(files, label, split):
-    """The classes by a split's files: their folders, the list in its first parquet file, or None."""
+def _declared_classes(split, name, label):
+    """The classes by the files of a split: folders, the list in its first parquet file, or None."""
+    files = split.beside.get(name)
+    if name in split.folders:
+        return split.folders[name]
     if is_image_folder(files):
         declared = sorted({file.rsplit("/", 2)[-2] for file in files})
         known = _names_in(split.rows.features, label) or ()
@@ -390,10 +387,10 @@ def shard_lengths(split):
     shards = split.rows.num_shards
     if not split.files:  # digits
         return [sum(1 for _ in split.rows.shard(shards, i)) for i in range(shards)]
-    countable = all(
-        file.endswith(".parquet") or (file.endswith(".tar") and Path(file).is_file()) for file in split.files
-    )
-    if len(split.files) != shards or not countable:
+    countable = [
+        f for f in split.files if f.endswith(".parquet") or (f.endswith(".tar") and Path(f).is_file())
+    ]
+    if len(split.files) != shards or countable != split.files:
         return None
     with ThreadPoolExecutor(16) as pool:  # on the hub each footer is a request
         return list(pool.map(_rows_in, split.files))
