@@ -84,6 +84,12 @@ class Distilled(nn.Module):
             return tuple(torch.autograd.grad(term, logits)[0].norm() for term in (hard, soft))
 
 
+def build_network(settings, data, **more):
+    """The Network of a recipe.Student or a recipe.Teacher; more: arguments of models.build."""
+    more |= {key: getattr(settings, key) for key in ("model_args", "pretrained", "mean", "std")}
+    return models.build(settings.model, classes=data.classes, size=data.size, **more)
+
+
 def build_student(settings, student, teacher_shapes=None, labels=None, smallest_batch=2):
     """(Distilled, optimizer) with the initial weights of `settings.seed`; RecipeError names the student.
 
@@ -92,16 +98,7 @@ def build_student(settings, student, teacher_shapes=None, labels=None, smallest_
     """
     torch.manual_seed(settings.seed)  # every student starts from the same seed, alone or in company
     try:
-        network = models.build(
-            student.model,
-            classes=settings.data.classes,
-            size=settings.data.size,
-            model_args=student.model_args,
-            pretrained=student.pretrained,
-            weights=student.weights,
-            mean=student.mean,
-            std=student.std,
-        )
+        network = build_network(student, settings.data, weights=student.weights)
         if student.grad_checkpointing:
             checkpoint_activations(network.model, student.model)
         hard = losses.make_loss(student.hard.loss, losses.LABEL_LOSSES, smoothing=student.hard.smoothing)
@@ -309,17 +306,7 @@ def build_teacher(settings, data):
     """The Network of a recipe.Teacher for a recipe.Data, pretrained, with a file's weights, or untrained."""
     if settings.pretrained:
         models.check_pretrained(settings.model, classes=data.classes, size=settings.size or data.size)
-    return models.build(
-        settings.model,
-        classes=data.classes,
-        size=data.size,
-        resize=settings.size,
-        model_args=settings.model_args,
-        pretrained=settings.pretrained,
-        checkpoint=settings.checkpoint,
-        mean=settings.mean,
-        std=settings.std,
-    )
+    return build_network(settings, data, resize=settings.size, checkpoint=settings.checkpoint)
 
 
 def teacher_taps(settings, network):
