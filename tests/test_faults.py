@@ -423,5 +423,5 @@ def test_a_bomb_in_a_runs_folder_is_refused(text, message, tmp_path, capsys):
     path, out = write(tmp_path / "r.json", epochs=1), tmp_path / "out"
     run(path, out, "--limit", 1)
     (out / "result.json").write_text(text)
-    code, told = stopped(capsys, path, out, "--resume")
+    code, told = stopped(capsys, path, out, "--resume", "--limit", 1)
     assert code == 2 and message in told
