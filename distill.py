@@ -246,8 +246,9 @@ def prepare_student(student, module, optimizer, loader, **tracking):
     module, optimizer = accelerator.prepare(module, optimizer)
     if accelerator.scaler is not None:
         optim.start_momentum(optimizer.optimizer)
+    module.train()  # DeepSpeed's returns None
     terms = TERMS if student.soft else TERMS[:2]
-    prepared = Student(student, accelerator, module.train(), optimizer, None, terms)
+    prepared = Student(student, accelerator, module, optimizer, None, terms)
     if student.ema is not None:
         prepared.ema = ModelEmaV3(prepared.net, decay=student.ema)
     return prepared
