@@ -343,7 +343,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path, capsys):
     assert (
         f"{tmp_path / 't'}: 2 epochs of 15 steps" in printed and f"{tmp_path / 'out'}: 2 epochs of" in printed
     )
-    assert f"would write {tmp_path / 'out' / 'seed1'}, {tmp_path / 'out' / 'seed2'}\n" in printed
+    assert f"would write {tmp_path / 'out' / 'seed1'}, {tmp_path / 'out' / 'seed2'}, each with" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "t.json"]
     (tmp_path / "out" / "seed2").mkdir(parents=True)
     (tmp_path / "out" / "seed2" / "mine.txt").touch()
