@@ -343,7 +343,8 @@ def open_networks(path, model, choose):
         expected = "a folder, a timm tag, or a file whose network is named with --model"
         raise models.ModelError(f"{path}: expected {expected}")
     models.check_name(model)
-    config = models.pretrained_config(model) if is_tag else timm.get_pretrained_cfg(model).to_dict()
+    tagged = is_tag or "." in model
+    config = models.pretrained_config(model) if tagged else timm.get_pretrained_cfg(model).to_dict()
     sets = choose(path, config, None)
     section, trained_size = sets[0][1], config["input_size"][-1]
     if is_tag:

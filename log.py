@@ -103,6 +103,9 @@ class Log:
             values, skipped = student.read_sums(self.steps, self.loader.accumulate)
             self.check_finite(student, skipped, step)
             means.append(values.get("loss", math.nan))
+            if not math.isfinite(values.get("loss", 0.0)):  # results hold finite numbers
+                loss = f"the loss is {values['loss']} by step {step}"
+                raise launch.TrainingError(f"student {student.name!r}: {loss}, its gradients are finite")
             group = student.optimizer.param_groups[0]
             values["lr"] = group["lr"] / group.get("lr_scale", 1.0)
             if student.skipped:

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import math
 import os
 import shutil
 import sys
@@ -58,7 +59,7 @@ class Network(nn.Module):
         self.statistics = {"mean": tuple(mean), "std": tuple(std)}
         for name, values in self.statistics.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1), False)
-        if not (self.mean.isfinite().all() and self.std.isfinite().all() and self.std.min() >= 1e-6):
+        if not (all(map(math.isfinite, (*mean, *std))) and min(std) >= 1e-6):
             raise ModelError(f"mean {mean}, std {std}: expected finite numbers, for std positive ones")
         self.memory_format = memory_format_for(model)
         self.to(memory_format=self.memory_format)

@@ -109,7 +109,7 @@ def test_a_page_has_tables_curves_figures_and_what_made_them(report, tmp_path, c
     assert [run, "alone", "60.50 ± 0.71", "", "2", "899", "labels alone", "cifar_resnet20", "2718"] in rows
     assert [run, "kd", "70.00 ± 0.00", "+9.50 ± 0.71", "2", "899", "kd", "cifar_resnet20", "2718"] in rows
     teacher, *_ = [row for row in rows if row[1] == "(teacher)"]
-    assert teacher == [run, "(teacher)", "72.00 ± 0.00", "", "2", "899", "", "cifar_resnet56", "78042"]
+    assert teacher == [run, "(teacher)", "72.00", "", "1", "899", "", "cifar_resnet56", "78042"]
     assert {row[0] for row in rows} == {run, f"{run}, 25 % of the images", "short: 2 epochs"}
     assert "Table 1b of the paper" in text and "kd_minus_best_other" in text and "70.66" in text
     assert page.text.count("0; 1") == 1 and page.text.count("seed") == 3  # once a run, for both seeds
