@@ -13,12 +13,11 @@ from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before `datasets` is imported: no test may wait for a network
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+# Before torch is: the tensors are tiny, so threads cost more than they bring, and test runs share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 from PIL import Image
-
-torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring, and test runs share the cores
 
 ROOT = Path(__file__).resolve().parent.parent
 # recipes of train.py; those of detect.py are another format
@@ -88,6 +87,8 @@ STREAM = dict(data__streaming=True, data__train_size=898, data__drop_last=True, 
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory):
     """A checkpoint of a small network that knows a little: 5 epochs of plain SGD on the digits."""
+    import torch
+
     import data
     import models
     from evaluate import to_float
@@ -220,6 +221,8 @@ def final_state(out):
 
 def assert_same_run(a, b, students=None):
     """Two runs ended with the same tensors, scores and rows, bit for bit; or these students of them did."""
+    import torch
+
     (tensors, state), (others, other_state) = final_state(a), final_state(b)
     for key in tensors if students is None else [k for k in tensors if k.split(".")[0] in students]:
         assert torch.equal(tensors[key], others[key]), key

@@ -337,7 +337,15 @@ def plain(tmp_path_factory):
     return path, folder / "whole"
 
 
-@pytest.mark.parametrize("moment", ["os.replace", "os.fsync", "shutil.rmtree", "safetensors.torch.save_file"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "os.replace",
+        pytest.param("os.fsync", marks=pytest.mark.slow),
+        pytest.param("shutil.rmtree", marks=pytest.mark.slow),
+        "safetensors.torch.save_file",
+    ],
+)
 def test_a_run_killed_inside_a_save_resumes(moment, plain, tmp_path, monkeypatch):
     path, whole = plain
     out = tmp_path / "killed"

@@ -378,7 +378,7 @@ def stopped_by_a_signal(path, out):
     run_until(3, path, out, workers=1)
 
 
-@pytest.mark.parametrize("stop", [stopped_by_a_signal, killed])
+@pytest.mark.parametrize("stop", [stopped_by_a_signal, pytest.param(killed, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one(stop, whole, tmp_path):
     """Two students, stopped inside an epoch and a log interval, with random flips."""
     path, out = whole

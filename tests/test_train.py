@@ -634,10 +634,9 @@ def generated(folder, section):
 
 
 def slow_if_like_another(path):
-    """Like another recipe with other networks of its family, without augmentation or without a teacher."""
-    twin = re.search(
-        "res8x4|res32x4|res56_scratch|fraction_weak|images_teacher|quickstart_teacher", path.stem
-    )
+    """Like another recipe with other networks of its family, losses, augmentation or without a teacher."""
+    others = "res8x4|res32x4|res56_scratch|fraction_weak|ablation|own_images$|teacher"
+    twin = re.search(others, path.stem)
     return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if twin else [])
 
 
