@@ -152,7 +152,8 @@ def section_of(args):
     """The recipe.Data of --recipe, not streamed and with the source of --data."""
     section = recipe.load(args.recipe).data
     source = args.data or section.source
-    return dataclasses.replace(section, streaming=False, shuffle_buffer=0, source=source)
+    section = dataclasses.replace(section, streaming=False, shuffle_buffer=0, source=source)
+    return sources.resolved(section)
 
 
 def image_loader(section, images, batch, workers):
