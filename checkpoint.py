@@ -217,9 +217,10 @@ def problem_of(folder, settings):
         needed = {"state.json"} | {name for student in settings.students for name in files_of(student)}
         if missing := sorted(needed - manifest["files"].keys()):
             return f"manifest.json does not name {missing[0]}"
-        step = rundir.read_checked(folder / "state.json", STATE)["step"]
-        if folder.name != f"step-{step:08d}":
-            return f"state.json is of step {step}"
+        steps = {manifest["step"], rundir.read_checked(folder / "state.json", STATE)["step"]}
+        named = int(folder.name.removeprefix("step-"))
+        if steps != {named}:
+            return f"the folder's name says step {named}, its files {sorted(steps)}"
         if manifest["schema"] > 1 and manifest["settings_sha256"] != rundir.settings_digest(settings):
             return "it belongs to a run with other settings"
         return None

@@ -225,9 +225,9 @@ def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers, per_cla
     for name, network, sets in networks:
         for results, section in sets:
             section, ids = match_classes(name, network, section, is_imagenet)
-            own = [{"checkpoint": name, "data": result, "split": section.test_split} for result in results]
-            passes.setdefault((results, section), []).append((network.to(accelerator.device), ids, own))
-            rows += own
+            filled = [{"checkpoint": name, "data": result, "split": section.test_split} for result in results]
+            passes.setdefault((results, section), []).append((network.to(accelerator.device), ids, filled))
+            rows += filled
             for note in notes(network, section, ids):
                 accelerator.print(f"{name}: {note}", file=sys.stderr)
 
@@ -236,14 +236,15 @@ def evaluate(networks, accelerator, *, is_imagenet, batch_size, workers, per_cla
         real = real_labels() if is_imagenet and "real" in results else None
         loader = data.test_loader(section, batch_size=batch_size, numbered=real is not None, **place)
         index, labels, best = predict([network for network, _, _ in members], loader, accelerator)
-        for (network, ids, own), answers in zip(members, best, strict=True):
-            for row in own:
+        for (network, ids, filled), answers in zip(members, best, strict=True):
+            for row in filled:
                 is_real = real and row["data"] == "real"
                 right = [real[i] for i in index] if is_real else [[label] for label in labels]
                 row.update(score(answers, [[ids[i] for i in one] for one in right]))
-            key = own[0]["checkpoint"], own[0]["data"]
-            right = [ids[label] for label in labels]
-            counts[key] = confusions(network, right, [answer[0] for answer in answers])
+            if per_class or confusion:  # one number for each pair of classes
+                key = filled[0]["checkpoint"], filled[0]["data"]
+                right = [ids[label] for label in labels]
+                counts[key] = confusions(network, right, [answer[0] for answer in answers])
     if confusion and accelerator.is_main_process:
         text = pd.concat(counts, names=["checkpoint", "data", "class"]).to_csv()
         rundir.write_atomic(confusion, text)
@@ -419,7 +420,7 @@ def match_classes(name, network, section, is_imagenet):
     """(section, class ids): a network's class id for each class id of the data; by name where both have any.
 
     The section gets the number of classes of its source, which may be a part of the network's. Raises
-    ModelError for a network that does not know the classes of the data.
+    ModelError or DataError for a network that does not know the classes of the data.
     """
     known, wanted, total = class_names.of_network(network), None, network.model.num_classes
     if known and is_imagenet:

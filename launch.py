@@ -90,46 +90,58 @@ def precision(accelerator):
 
 def check_launch(settings, accelerator):
     """Raise RecipeError for a launch that would silently train something other than the recipe."""
+    for problem in _problems(settings, accelerator):
+        raise recipe.RecipeError(problem)
+
+
+def _problems(settings, accelerator):
+    """Yield what keeps a launch from training the recipe."""
     launched, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
+    if launched != seen:  # on a machine without GPUs every process would train alone
+        yield (
+            f"{launched} processes were launched, accelerate sees {seen}; for several processes on CPUs set "
+            "ACCELERATE_USE_CPU=true: see docs/launch.md"
+        )
     kind, mixed = accelerator.distributed_type, accelerator.mixed_precision
-    half_on_cpu = mixed == "fp16" and accelerator.device.type == "cpu"
-    unsupported = mixed == "fp8" or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM)
-    problems = {
-        # on a machine without GPUs every process would train alone
-        f"{launched} processes were launched, accelerate sees {seen}; for several processes on CPUs set "
-        "ACCELERATE_USE_CPU=true: see docs/launch.md": launched != seen,
-        "--mixed_precision fp16 on a CPU: accelerate would train in float32; use bf16 or no": half_on_cpu,
-        f"{kind.value}, --mixed_precision {mixed}: not supported; a student fits on one GPU: use "
-        "multi-GPU or DeepSpeed stages 0 to 2, with bf16, fp16 or no": unsupported,
-    }
+    if mixed == "fp16" and accelerator.device.type == "cpu":
+        yield "--mixed_precision fp16 on a CPU: accelerate would train in float32; use bf16 or no"
+    if mixed == "fp8" or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        yield (
+            f"{kind.value}, --mixed_precision {mixed}: not supported; a student fits on one GPU: use "
+            "multi-GPU or DeepSpeed stages 0 to 2, with bf16, fp16 or no"
+        )
     if uses_deepspeed(accelerator):
-        problems |= deepspeed_problems(settings, accelerator)
-    for message, found in problems.items():
-        if found:
-            raise recipe.RecipeError(message)
+        yield from _deepspeed_problems(settings, accelerator)
 
 
-def deepspeed_problems(settings, accelerator):
-    """{message: whether it applies} for what in DeepSpeed's configuration would change the training."""
+def _deepspeed_problems(settings, accelerator):
+    """Yield what in DeepSpeed's configuration would change the training."""
     plugin = accelerator.state.deepspeed_plugin
     config, stage = plugin.deepspeed_config, plugin.zero_stage
+    if stage > 2:
+        yield (
+            f"DeepSpeed ZeRO stage {stage}: it splits the weights, which evaluation, EMA and export need "
+            "whole: use stage 0, 1 or 2"
+        )
     halves = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") not in (None, False)]
     halves += [accelerator.mixed_precision] * (accelerator.mixed_precision != "no")
-    float16 = precision(accelerator) == "fp16"
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if halves:
+        yield (
+            f"DeepSpeed with {' and '.join(halves)}: it would cast the weights, also those of BatchNorm; use "
+            "--mixed_precision no and in its JSON file "
+            '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
+        )
+    if precision(accelerator) == "fp16":
+        yield "DeepSpeed with float16: its loss scale cannot be saved without pickle; use bfloat16 or DDP"
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+        yield "DeepSpeed with offload_optimizer: it would replace the optimizer of the recipe"
     others = [f"{s.optimizer} ({s.name})" for s in settings.students if s.optimizer not in ELEMENTWISE]
-    return {
-        f"DeepSpeed ZeRO stage {stage}: it splits the weights, which evaluation, EMA and export need whole: "
-        "use stage 0, 1 or 2": stage > 2,
-        f"DeepSpeed with {' and '.join(halves)}: it would cast the weights, also those of BatchNorm; use "
-        "--mixed_precision no and in its JSON file "
-        '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}': halves,
-        "DeepSpeed with float16: its loss scale cannot be saved without pickle; use bfloat16 or DDP": float16,
-        "DeepSpeed with offload_optimizer: it would replace the optimizer of the recipe": offload != "none",
-        f"DeepSpeed ZeRO stage {stage} with optimizer {', '.join(others)}: the stage joins "
-        "all tensors and splits the result, but each is needed whole (LAMB's trust ratio is per tensor): use "
-        f"stage 0 or DDP, or one of {', '.join(sorted(ELEMENTWISE))}": stage and others,
-    }
+    if stage and others:
+        yield (
+            f"DeepSpeed ZeRO stage {stage} with optimizer {', '.join(others)}: the stage joins all tensors "
+            "and splits the result, but each is needed whole (LAMB's trust ratio is per tensor): use stage 0 "
+            f"or DDP, or one of {', '.join(sorted(ELEMENTWISE))}"
+        )
 
 
 def configure_deepspeed(accelerator, loader, clip_grad):

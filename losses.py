@@ -278,8 +278,8 @@ class CRD(nn.Module):
     and then bank[i] = unit(momentum * bank[i] + (1 - momentum) * v_i). z is the mean of n_data * exp over the
     first batch. As in RepDistiller. Raises ValueError without `labels`.
 
-    Buffers: `bank_student`, `bank_teacher` [n_data, dim]; `z` [2], 0 until it is set. Memory: `bank_bytes`,
-    and during a step [B, n_data] on a GPU, else [B, 16 (K + 1)].
+    Buffers: `bank_student`, `bank_teacher` [n_data, dim], 1.31 GB for ImageNet; `z` [2], 0 until it is set.
+    During a step also [B, n_data] on a GPU, else [B, 16 (K + 1)].
     """
 
     def __init__(
@@ -322,11 +322,6 @@ class CRD(nn.Module):
 
     # [B, ...] of this process -> that of all; with several processes, set it to `accelerator.gather`
     gather = staticmethod(lambda tensor: tensor)
-
-    @staticmethod
-    def bank_bytes(n_data, dim=128):
-        """Memory of the two banks in bytes: 1.31 GB for the 1,281,167 images of ImageNet in every process."""
-        return 2 * n_data * dim * 4
 
     def forward(self, student_features, teacher_features, target=None, index=None):
         student, teacher = _pooled(student_features, teacher_features, self.shapes, least=1)

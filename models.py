@@ -7,6 +7,7 @@ logits = network(images)    # [B, 3, 32, 32] in [0, 1] -> [B, 100]
 import argparse
 import copy
 import dataclasses
+import difflib
 import inspect
 import json
 import math
@@ -21,7 +22,6 @@ from timm.models import PretrainedCfg, build_model_with_cfg, load_state_dict, sa
 from torch import nn
 
 import cifar_resnet  # noqa: F401  registers its networks with timm
-from recipe import nearest
 
 MAX_CONFIG_BYTES = 2**24  # of a config.json: names and descriptions of ImageNet-21k's classes need 3 MB
 
@@ -184,8 +184,8 @@ def check_name(model):
     """Raise ModelError, naming the nearest known model, unless timm or this file has a model of this name."""
     # Names come from recipes and folders of strangers: no "hf-hub:" or "local-dir:" here.
     if not isinstance(model, str) or ":" in model or not timm.is_model(model):
-        hint = nearest(str(model).split(".")[0], timm.list_models())
-        raise ModelError(f"timm has no model {model!r}{hint}")
+        near = difflib.get_close_matches(str(model).split(".")[0], timm.list_models(), n=1)
+        raise ModelError(f"timm has no model {model!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 
 
 # Arguments of timm's factory, not of the constructor: they name files and URLs or change what is returned.

@@ -18,10 +18,10 @@ from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, RandAugment
 
 # ---------------------------------------------------------------- what is drawn
 
-# how timm's names begin, of operations ...
-WARPS = ("Rotate", "Shear", "Translate")
-TABLES = ("Invert", "Posterize", "Solarize", "Brightness")  # ... on single values
-COLOURS = ("Color", "Desaturate")
+# Beginnings of timm's names of operations
+WARPS = ("Rotate", "Shear", "Translate")  # that move pixels
+TABLES = ("Invert", "Posterize", "Solarize", "Brightness")  # that change each value by itself
+COLOURS = ("Color", "Desaturate")  # that blend with the image in grey
 
 
 def with_recorded_operations(transform):

@@ -381,7 +381,9 @@ def _apply(tree, override):
 
 # ---------------------------------------------------------------- pydantic's errors in a user's words
 
-_WORDS = {  # where pydantic's own are those of Python
+_WORDS = {  # where pydantic's own words do not fit
+    "greater_than_equal": "a number >= {ge:g}",
+    "less_than_equal": "a number <= {le:g}",
     "string_pattern_mismatch": "a name of a-z, 0-9, '.', '_', '-' (at most 64, first a letter or digit)",
     "string_too_short": "a text that is not empty",
     "too_long": "a list of at most {max_length}",

@@ -226,6 +226,8 @@ def check_limit(folder, limit):
     for path in checkpoints(folder):
         with contextlib.suppress(recipe.RecipeError):  # damaged, which restore deals with
             begun.add(read_checked(path / "manifest.json", MANIFEST).get("limit"))
+    if (folder / "result.json").exists():
+        begun.add(read_checked(folder / "result.json", RESULT)["limit"])
     for other in begun - {limit}:
         was, now = (f"a trial (--limit {n})" if n else "a run without --limit" for n in (other, limit))
         raise recipe.RecipeError(

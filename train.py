@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -200,12 +201,17 @@ def refuse_other_teacher(folder, wanted, path):
     if os.path.realpath(trained.data.source) != os.path.realpath(wanted.data.source):
         changes.append(f"data.source: {json.dumps(trained.data.source)} -> {json.dumps(wanted.data.source)}")
     if changes:
-        lines = "\n  ".join(changes)
-        raise recipe.RecipeError(
-            f"{folder}: this teacher was trained with other settings than {path} has now:\n  {lines}\n"
-            f"Choose another --out, beside which a teacher is trained anew, or remove {folder}; or name the "
-            "weights of its student as teacher.checkpoint, if it is the teacher that you want"
-        )
+        first = f"{folder}: this teacher was trained with other settings than {path} has now:"
+        lines = "\n  ".join([first, *changes])
+        advice = f"Choose another --out, beside which a teacher is trained anew, or remove {folder}"
+        student = trained.students[0]
+        weights = folder / "students" / student.name / "model.safetensors"
+        if weights.is_file() and trained.data.classes == wanted.data.classes:
+            values = {"recipe": None, "model": student.model, "model_args": student.model_args}
+            values |= {"checkpoint": str(weights)}
+            option = ["--set", *(f"teacher.{key}={json.dumps(value)}" for key, value in values.items())]
+            advice += f"; or, where it is the teacher that you want: {shlex.join(option)}"
+        raise recipe.RecipeError(f"{lines}\n{advice}")
 
 
 def build_students(settings, teacher, loader):

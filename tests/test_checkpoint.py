@@ -117,6 +117,8 @@ def damage(folder, kind):
         rewrite(folder, manifest.name, lambda m: m["files"].pop("kd.safetensors"))
     elif kind == "state not named":
         rewrite(folder, manifest.name, lambda m: m["files"].pop("state.json"))
+    elif kind == "other step in the manifest":
+        rewrite(folder, manifest.name, lambda m: m.update(step=8))
     elif kind == "other step in the state":
         rewrite(folder, "state.json", lambda state: state.update(step=8))
     elif kind == "other settings":
@@ -135,7 +137,8 @@ DAMAGES = {
     "not an object": "Input should be an object",
     "student not named": "manifest.json does not name kd.safetensors",
     "state not named": "manifest.json does not name state.json",
-    "other step in the state": "state.json is of step 8",
+    "other step in the manifest": r"the folder's name says step 9, its files \[8, 9\]",
+    "other step in the state": r"the folder's name says step 9, its files \[8, 9\]",
     "other settings": "it belongs to a run with other settings",
 }
 
@@ -155,7 +158,7 @@ def test_a_checkpoint_of_another_seed_or_under_another_name_is_not_taken(copied)
     path, _, out = copied
     assert "other settings" in checkpoint.problem_of(saved(out)[-1], recipe.load(path, ["seed=7"]))
     renamed = saved(out)[-1].rename(out / "checkpoints" / "step-00000013")
-    assert "state.json is of step 9" in checkpoint.problem_of(renamed, recipe.load(path))
+    assert "the folder's name says step 13" in checkpoint.problem_of(renamed, recipe.load(path))
 
 
 @pytest.mark.parametrize("kind", ["flipped bit", "missing file", "other step in the state", "other settings"])
@@ -199,7 +202,7 @@ def of_kd(**values):
         (
             "state.json",
             lambda s: s.update(step=10**9),
-            "step-00000009 is damaged (state.json is of step 1000000000)",
+            "the folder's name says step 9, its files [9, 1000000000]",
         ),
         ("state.json", lambda s: s.update(seconds="x"), "seconds: Input should be a valid number"),
         ("state.json", lambda s: s.update(clock=None), "clock: Input should be an object"),

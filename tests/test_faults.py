@@ -332,6 +332,19 @@ def poisoned(monkeypatch, steps):
     monkeypatch.setattr(distill.Distilled, "forward", forward)
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_although_its_gradient_is(tmp_path, capsys, monkeypatch):
+    """Results hold finite numbers."""
+    original = distill.Distilled.forward
+
+    def infinite(*arguments):
+        terms = original(*arguments)
+        return terms | {"loss": terms["loss"] + torch.inf}
+
+    monkeypatch.setattr(distill.Distilled, "forward", infinite)
+    code, message = stopped(capsys, write(tmp_path / "r.json"), tmp_path / "out", "--limit", 5)
+    assert code == 1 and "student 'alone': the loss is inf by step 5, its gradients are finite" in message
+
+
 def test_a_step_without_a_finite_gradient_counts_as_one_of_zeros(tmp_path, teacher_file, monkeypatch, capsys):
     """Momentum and weight decay act as by hand; the other student and the log go on; a resume counts on."""
     path = write(tmp_path / "r.json", **small(teacher_file, epochs=1, save_every=1))

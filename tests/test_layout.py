@@ -20,7 +20,7 @@ resident: sources augment numpy torch
 workers: sources torch
 data: sources augment resident workers datasets numpy torch
 cifar_resnet: timm torch
-models: recipe cifar_resnet timm torch
+models: cifar_resnet timm torch
 optim: timm torch
 launch: recipe accelerate torch
 rundir: recipe pydantic typing_extensions

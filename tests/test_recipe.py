@@ -70,25 +70,25 @@ ERRORS = [  # (change, what the error says after the file's name)
     (dict(epoch=5), "unknown key 'epoch', did you mean 'epochs'?"),
     (dict(students__0__lr="5e-3"), "students[0].lr: expected a valid number, got '5e-3'"),
     (dict(students__0__lr=True), "students[0].lr: expected a valid number, got True"),
-    (dict(students__0__lr=-0.1), "students[0].lr: expected greater than or equal to 0, got -0.1"),
+    (dict(students__0__lr=-0.1), "students[0].lr: expected a number >= 0, got -0.1"),
     (dict(students__0__weigth_decay=0),
         "students[0]: unknown key 'weigth_decay', did you mean 'weight_decay'?"),
     (dict(students__0__name="../x"),
         "students[0].name: expected a name of a-z, 0-9, '.', '_', '-' (at most 64, first a letter "
      "or digit), got '../x'"),
     (dict(students__0__hard__smoothing=1.5),
-        "students[0].hard.smoothing: expected less than or equal to 1, got 1.5"),
+        "students[0].hard.smoothing: expected a number <= 1, got 1.5"),
     (dict(students__0__hard="ce"), "students[0].hard: expected an object, got 'ce'"),
     (dict(students__0__soft={"loss": "kd"}), "students[0].soft: missing key 'weight'"),
     (dict(students=[]), "students: expected a list of at least 1, got []"),
     (dict(students={}), "students: expected a valid array, got {}"),
-    (dict(epochs=0), "epochs: expected greater than or equal to 1, got 0"),
+    (dict(epochs=0), "epochs: expected a number >= 1, got 0"),
     (dict(epochs=240.0), "epochs: expected a valid integer, got 240.0"),
     (dict(epochs=None), "epochs: expected a valid integer, got None"),
     (dict(about=""), "about: expected a text that is not empty, got ''"),
     (dict(about=3), "about: expected a valid string, got 3"),
     (dict(data__streaming="off"), "data.streaming: expected a valid boolean, got 'off'"),
-    (dict(data__hflip=2), "data.hflip: expected less than or equal to 1, got 2"),
+    (dict(data__hflip=2), "data.hflip: expected a number <= 1, got 2"),
     (dict(data__crop={"kind": "padd", "padding": 4}),
         "data.crop: expected \"kind\" to be one of 'pad', 'resized', "
      "got {'kind': 'padd', 'padding': 4}"),
@@ -128,7 +128,7 @@ ERRORS = [  # (change, what the error says after the file's name)
         "data.crop: expected \"kind\" to be one of 'pad', 'resized', "
      "got {'kind': ['pad'], 'padding': 4}"),
     (dict(data__crop={"kind": "pad", "padding": -1}),
-        "data.crop.padding: expected greater than or equal to 0, got -1"),
+        "data.crop.padding: expected a number >= 0, got -1"),
     (dict(data__crop={"kind": "pad", "pading": 1}),
         "data.crop: unknown key 'pading', did you mean 'padding'?"),
     (dict(data__crop={"kind": "resized", "scale": [1], "ratio": [1, 1], "interpolation": "random"}),
@@ -136,9 +136,9 @@ ERRORS = [  # (change, what the error says after the file's name)
     (dict(data__crop={"kind": "resized", "scale": [1, 1], "ratio": [1, 1, 1], "interpolation": "random"}),
      "data.crop.ratio: expected a list of at most 2, got [1, 1, 1]"),
     (dict(data__crop={"kind": "resized", "scale": [1, 1], "ratio": [1, -1], "interpolation": "random"}),
-     "data.crop.ratio[1]: expected greater than or equal to 0, got -1"),
+     "data.crop.ratio[1]: expected a number >= 0, got -1"),
     (dict(schedule={"kind": "milestones", "milestones": [3, 0], "factor": 0.1}),
-        "schedule.milestones[1]: expected greater than or equal to 1, got 0"),
+        "schedule.milestones[1]: expected a number >= 1, got 0"),
     (dict(data__pipeline="fast"),
         "data.pipeline: 'fast' needs crop 'resized', RandAugment or none; got crop 'pad' and rand_augment "
      "None: set it to 'timm'"),
@@ -178,9 +178,9 @@ def test_all_errors_of_a_file_at_once(tmp_path):
         recipe.load(path, ["epochs"])
     assert sorted(str(caught.value).splitlines()) == [
         f"{path}: --set epochs: expected path=value, for example students.kd.lr=0.1",
-        f"{path}: data.size: expected greater than or equal to 1, got 0",
+        f"{path}: data.size: expected a number >= 1, got 0",
         f"{path}: seed: expected a valid integer, got 'x'",
-        f"{path}: students[0].lr: expected greater than or equal to 0, got -1",
+        f"{path}: students[0].lr: expected a number >= 0, got -1",
         f"{path}: unknown key 'epoch', did you mean 'epochs'?",
     ]
 
@@ -279,9 +279,9 @@ def test_overrides_go_through_the_same_checks(tmp_path):
 
 
 HOSTILE = [  # (text of the file, what the error says): none gives a traceback or prints a control character
-    (json.dumps(tree(seed=10**400)), "seed: expected less than or equal to 9223372036854775807, got 1000"),
+    (json.dumps(tree(seed=10**400)), "seed: expected a number <= 9.22337e+18, got 1000"),
     (json.dumps(tree(data__train_size=10**400)),
-        "data.train_size: expected less than or equal to 9223372036854775807, got 1000"),
+        "data.train_size: expected a number <= 9.22337e+18, got 1000"),
     (json.dumps(tree(data__mixup=10**400)), "data.mixup: expected a finite number, got 1000"),
     (json.dumps(tree(about="\ud800")), r"""expected text that UTF-8 can encode, got '{"about": "\ud800'"""),
     (json.dumps(tree(students__0__model_args={"\udfff": 1})), r"expected text that UTF-8 can encode"),
